@@ -1,4 +1,4 @@
-"""Names and patterns: regular expressions that cannot hang, and the nearest names for error messages."""
+"""Names and patterns: how paths are matched, by expressions that cannot hang, and the nearest names for errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import functools
 import time
 from collections.abc import Iterable
+from typing import Protocol
 
 import regex
 
@@ -48,7 +49,7 @@ def is_literal(pattern: str) -> bool:
 
 
 def ends_with(path: str, name: str) -> bool:
-    """Whether ``path`` is ``name`` or ends with it on a dot boundary: 'a.head' ends with 'head', 'a.subhead' does not."""
+    """Whether ``path`` is ``name`` or ends with it at a dot: 'a.head' ends with 'head', 'a.subhead' does not."""
     return path.endswith(name) and (len(path) == len(name) or path[-len(name) - 1] == ".")
 
 
@@ -58,6 +59,52 @@ def nearest(name: str, candidates: Iterable[str], n: int = 3) -> list[str]:
     for candidate in candidates:
         by_lower.setdefault(candidate.lower(), candidate)
     return [by_lower[c] for c in difflib.get_close_matches(name.lower(), by_lower, n=n, cutoff=0.4)]
+
+
+class Matcher(Protocol):
+    """Says which paths are meant, and remembers which of its words have never matched."""
+
+    def match(self, path: str) -> bool:
+        """Whether ``path`` is meant."""
+        ...
+
+    def unmatched(self) -> list[str]:
+        """The words that no path has met so far."""
+        ...
+
+
+class Names:
+    """Names to be met as whole paths or as ends at a dot: one look-up a length of name, however many names."""
+
+    def __init__(self, names: Iterable[str]):
+        self.names = set(names) - {""}
+        self.depths = sorted({name.count(".") + 1 for name in self.names})
+        self.met: set[str] = set()
+
+    def match(self, path: str) -> bool:
+        parts = path.split(".")
+        ends = {".".join(parts[-depth:]) for depth in self.depths} & self.names
+        self.met |= ends
+        return bool(ends)
+
+    def unmatched(self) -> list[str]:
+        return sorted(self.names - self.met)
+
+
+class Expression:
+    """A regular expression for whole paths."""
+
+    def __init__(self, pattern: str):
+        self.pattern = pattern
+        self.met = False
+
+    def match(self, path: str) -> bool:
+        found = fullmatch(self.pattern, path)
+        self.met |= found
+        return found
+
+    def unmatched(self) -> list[str]:
+        return [] if self.met else [self.pattern]
 
 
 class _Pattern:
@@ -71,7 +118,7 @@ class _Pattern:
             self.regex = regex.compile(pattern)
         except regex.error as error:
             raise ValueError(
-                f"The pattern '{shown}' is not a valid regular expression: {error}. Correct it, or give plain module names."
+                f"The pattern '{shown}' is not a valid regular expression: {error}. Correct it, or give module names."
             ) from error
 
     def fullmatch(self, text: str) -> bool:
@@ -86,8 +133,8 @@ class _Pattern:
         if self.left <= 0:
             self.left = 0.0
             raise ValueError(
-                f"The pattern '{self.shown}' takes too long to match (it was stopped at '{text}'): nested repetitions such "
-                "as '(a+)+' backtrack without end. Write it without them, or give plain module names."
+                f"The pattern '{self.shown}' takes too long to match (it was stopped at '{text}'): nested repetitions "
+                "such as '(a+)+' backtrack without end. Write it without them, or give module names."
             )
         return found
 
