@@ -1,0 +1,68 @@
+"""veneer: parameter-efficient fine-tuning of large pretrained models on PyTorch.
+
+Names are loaded when they are first used, so ``import veneer`` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "veneer.core.config": ["PeftConfig", "LayerConfig", "TaskType"],
+    "veneer.core.registry": ["PeftType"],
+    "veneer.methods.lora_options": [
+        "ArrowConfig", "BdLoraConfig", "CordaConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraGAConfig",
+        "LoraRuntimeConfig", "MontecloraConfig", "VeloraConfig",
+    ],
+    "veneer.hf.model": ["PeftModel", "get_peft_config", "get_peft_model"],
+    "veneer.hf.tasks": [
+        "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",
+        "PeftModelForSequenceClassification", "PeftModelForTokenClassification",
+    ],
+    "veneer.hf.state_dict": ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"],
+    "veneer.hf.inject": ["inject_adapter_in_model"],
+    "veneer.hf.status": ["get_layer_status", "get_model_status"],
+    "veneer.hf.auto": [
+        "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction", "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
+    ],
+    "veneer.hf.as_peft": ["install_as_peft"],
+}  # fmt: skip
+_WHERE = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("__"):
+        raise AttributeError(f"module 'veneer' has no attribute '{name}'")
+    if name in _WHERE:
+        value = getattr(importlib.import_module(_WHERE[name]), name)
+    else:
+        value = _of_a_method(name)
+    globals()[name] = value
+    return value
+
+
+def _of_a_method(name: str) -> Any:
+    """A config class, or ``<Method>Model``, of any method in the registry."""
+    if not name[:1].isupper():
+        raise AttributeError(f"module 'veneer' has no attribute '{name}'")
+    importlib.import_module("veneer.methods")
+    from veneer.core.registry import METHODS
+
+    for row in METHODS.values():
+        for cls in (row.config, row.build):
+            if cls.__name__ == name:
+                return cls
+        module = importlib.import_module(row.config.__module__)
+        if hasattr(module, name) and getattr(module, name).__module__.startswith("veneer."):
+            return getattr(module, name)
+    if name.endswith("Model"):
+        return getattr(importlib.import_module("veneer.hf.tuner"), name)
+    raise AttributeError(f"module 'veneer' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_WHERE])

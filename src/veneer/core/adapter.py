@@ -1,0 +1,221 @@
+"""What a method writes: one module per site that stands around a layer, adds to it, or rewrites its weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.sites import Parameters, Site
+
+if TYPE_CHECKING:
+    from typing import Self
+
+Base = Callable[[Tensor], Tensor]
+"""The layer with everything inside an adapter already applied: ``base(x) -> y``."""
+Weight = tuple[Tensor, Tensor | None]
+"""A layer's ``(weight, bias)``, weight as ``(out, in, *kernel)``."""
+
+
+class Adapter(nn.Module):
+    """One method's parameters at one site. Its ``state_dict()`` is what the checkpoint holds.
+
+    A method overrides ``forward`` (stand around the layer) and, where its effect is a weight, ``merged``. It never
+    learns its adapter's name, which others are active, or how the layer stores its weight.
+    """
+
+    zero_start: ClassVar[bool] = True
+    """The adapted output equals the base's before any training."""
+    reads_weight: ClassVar[bool] = False
+    """The forward needs ``site.weight`` (so a quantised base is unpacked in each forward)."""
+    stacks: ClassVar[bool] = False
+    """The class handles a stack of matrices itself; else each matrix of the stack gets an adapter of its own."""
+    keeps_dtype: ClassVar[bool] = False
+    """Its tensors stay in the layer's own dtype (copies of the layer's parameters)."""
+    whole_modules: ClassVar[bool] = False
+    """The method takes its targets as whole modules, whatever their kind."""
+    fixed: frozenset[str] = frozenset()
+    """Names of own parameters that are saved but never trained."""
+    residual: Parameters | None = None
+    """The base weight that takes the layer's place while this adapter is active, where ``rebase`` set one."""
+    shared: nn.Module | None = None
+    """What ``plan`` made for all sites of this adapter (not a sub-module here: the tuner owns it)."""
+
+    def __init__(self, site: Site, config: Any):
+        super().__init__()
+        self.site = site
+
+    @classmethod
+    def plan(cls, config: Any, sites: Sequence[Site]) -> nn.Module | None:
+        """What all sites of one adapter share, made once; its ``state_dict`` is saved under ``base_model.``."""
+        return None
+
+    @classmethod
+    def on(cls, site: Site, config: Any, shared: nn.Module | None = None) -> Adapter:
+        """The adapter for this kind of site; default: this class, one per matrix where the site is a stack.
+
+        Raises:
+            ValueError: the method cannot sit here; the sentence names the site and why.
+        """
+        if site.kind == "opaque" and not cls.whole_modules:
+            raise ValueError(
+                f"{cls.__name__} needs a layer with a weight matrix, but '{site.path}' is a "
+                f"{type(site.module).__name__}; take it out of target_modules or put it into exclude_modules."
+            )
+        if site.stack and not cls.stacks:
+            return Stacked(site, [cls.build(site.one(i), config, shared) for i in range(site.stack)])
+        return cls.build(site, config, shared)
+
+    @classmethod
+    def build(cls, site: Site, config: Any, shared: nn.Module | None = None) -> Self:
+        """Construct and attach what is shared."""
+        if shared is None:
+            return cls(site, config)
+        adapter = cls(site, config, shared) if cls.takes_shared else cls(site, config)
+        object.__setattr__(adapter, "shared", shared)
+        return adapter
+
+    takes_shared: ClassVar[bool] = False
+    """``__init__`` takes what ``plan`` made as a third argument."""
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        """The adapted layer's output for ``x`` (..., in) given the inner layer ``base``."""
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> Weight:
+        """(W, b) -> (W', b'), out of place, in the dtype given (float32 from the engine).
+
+        Raises:
+            ValueError: the method's effect depends on its input.
+        """
+        raise ValueError(f"{type(self).__name__} at '{self.site.path}' depends on its input and cannot be merged.")
+
+    def rebase(self, weight: Tensor) -> None:
+        """Have ``weight`` (out, in, *kernel) stand in for the base weight whenever this adapter is active.
+
+        For starts that move a part of W into the adapter (PiSSA and its kin). The base's own parameter is kept and
+        is back whenever the adapter is inactive, disabled, deleted or unloaded.
+        """
+        self.residual = self.site.packed(weight.detach())
+
+    def replacement(self) -> nn.Module | None:
+        """A whole module that runs in the layer's place (a trained copy), or None."""
+        return None
+
+    def overrides(self) -> dict[str, Tensor] | None:
+        """Tensors that stand in for the layer's own parameters of these names in each call, or None."""
+        return None
+
+    # ---- the checkpoint ---------------------------------------------------------------------------------------------
+    @property
+    def holder(self) -> nn.Module:
+        """The module whose ``state_dict()`` is saved; its keys are the keys on disk."""
+        return self
+
+    def outgoing(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Own tensors as the file is to hold them; override where the file's layout differs from the live one."""
+        return tensors
+
+    def incoming(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A file's tensors as this adapter holds them: other layouts and older names are translated here."""
+        return tensors
+
+    @property
+    def mergeable(self) -> bool:
+        """Whether ``merged`` is defined here."""
+        return type(self).merged is not Adapter.merged or self.overrides() is not None
+
+    def penalty(self) -> Tensor | None:
+        """A scalar that belongs into the loss (a regulariser, router balance), for the last forward."""
+        return None
+
+    @classmethod
+    def after_step(cls, config: Any, adapters: dict[str, Adapter], step: int) -> None:
+        """Called after each optimiser step, before gradients are cleared, with all sites of one adapter."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype this adapter computes in: its leading tensor's."""
+        owner, name = self._lead()
+        return getattr(owner, name).dtype
+
+    def _lead(self) -> tuple[nn.Module, str]:
+        found = self.__dict__.get("_leading")
+        if found is None:
+            found = next(
+                (
+                    (m, n)
+                    for m in self.modules()
+                    for n, p in m._parameters.items()
+                    if p is not None and p.is_floating_point()
+                ),
+                None,
+            )
+            if found is None and self.shared is not None:
+                found = next(
+                    (m, n) for m in self.shared.modules() for n, p in [*m._parameters.items(), *m._buffers.items()]
+                )
+            if found is None:
+                found = next((m, n) for m in self.modules() for n, b in m._buffers.items() if b.is_floating_point())
+            self.__dict__["_leading"] = found
+        return found
+
+
+class Additive(Adapter):
+    """W' = W + dW. A method writes ``delta_weight``, and ``delta`` where there is a cheaper way than building dW."""
+
+    def delta_weight(self) -> Tensor:
+        """dW, shaped like ``site.weight``."""
+        raise NotImplementedError
+
+    def delta_bias(self) -> Tensor | None:
+        """What is added to the bias (out,), or None."""
+        return None
+
+    def delta(self, x: Tensor) -> Tensor:
+        """The layer's function with dW (and the bias' delta) in place of W: (..., in) -> (..., out)."""
+        return self.site(x, self.delta_weight(), self.delta_bias())
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        y = base(x)
+        return y + self.delta(x.to(self.dtype) if x.is_floating_point() else x).to(y.dtype)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> Weight:
+        change = self.delta_bias()
+        if change is not None:
+            bias = change.to(weight) if bias is None else bias + change.to(bias)
+        return weight + self.delta_weight().to(weight), bias
+
+
+class Reweight(Adapter):
+    """W' = f(W). A method writes ``merged`` alone; the engine runs the layer with it."""
+
+    reads_weight = True
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        raise AssertionError("the engine folds weight-level adapters before it calls the layer")
+
+
+class Stacked(Adapter):
+    """A stack of matrices (fused experts), each with an adapter of its own."""
+
+    def __init__(self, site: Site, each: list[Adapter]):
+        super().__init__(site, None)
+        self.each = nn.ModuleList(each)
+
+    @property
+    def mergeable(self) -> bool:
+        return self.each[0].mergeable
+
+    @property
+    def fixed(self) -> frozenset[str]:  # type: ignore[override]
+        return frozenset(f"each.{i}.{n}" for i, a in enumerate(self.each) for n in a.fixed)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> Weight:
+        return torch.stack([a.merged(w, None)[0] for a, w in zip(self.each, weight.unbind(0), strict=True)]), bias
+
+    def penalty(self) -> Tensor | None:
+        terms = [t for t in (a.penalty() for a in self.each) if t is not None]
+        return torch.stack(terms).sum() if terms else None

@@ -1,0 +1,318 @@
+"""The one wrapper: a layer with adapters around it; and the one switchboard that all wrappers of a model share."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from veneer.core.adapter import Adapter, Base, Reweight, Weight
+from veneer.core.sites import Parameters, Site
+
+BASE = "__base__"
+"""In a mixed batch: the name of rows that no adapter touches."""
+
+
+@dataclass
+class State:
+    """Which adapters are on, how strongly, and for which rows. One object per model."""
+
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+    gains: dict[str, float | Tensor] = field(default_factory=dict)
+    route: tuple[str, ...] | None = None
+    _rows: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict)
+
+    def rows(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        """adapter -> its row numbers (int64) for a batch of this size; names repeat in place for beams.
+
+        Raises:
+            ValueError: the batch is no multiple of the number of names.
+        """
+        key = (batch, device)
+        if key not in self._rows:
+            assert self.route is not None
+            times, rest = divmod(batch, len(self.route))
+            if rest or not times:
+                raise ValueError(
+                    f"adapter_names has {len(self.route)} entries, but a layer was called with a batch of {batch}; give "
+                    "one name for each row of the batch."
+                )
+            owner = [name for name in self.route for _ in range(times)]
+            self._rows[key] = {
+                name: torch.tensor([i for i, o in enumerate(owner) if o == name], device=device)
+                for name in dict.fromkeys(owner)
+            }
+        return self._rows[key]
+
+    def send(self, names: Iterable[str] | None) -> None:
+        """Route the rows of the batches to come, or stop routing."""
+        self.route = None if names is None else tuple(names)
+        self._rows = {}
+
+    @contextlib.contextmanager
+    def only(self, name: str) -> Iterator[None]:
+        """Within: no routing, and just this adapter active."""
+        before = self.route, self.active
+        self.route, self.active = None, (name,)
+        try:
+            yield
+        finally:
+            self.route, self.active = before
+
+    def __deepcopy__(self, memo: dict) -> State:
+        twin = State(self.active, self.enabled, dict(self.gains), self.route)
+        memo[id(self)] = twin
+        return twin
+
+
+class Adapted(nn.Module):
+    """A layer with named adapters around it, of any methods, side by side."""
+
+    is_adapted = True
+
+    def __init__(self, base_layer: nn.Module, site: Site, state: State):
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapters = nn.ModuleDict()
+        self.site, self.state = site, state
+        self.gains: dict[str, float | Tensor] = {}
+        self.original: Parameters | None = None
+        self.lent: Parameters | None = None
+        self.guest: Parameters | None = None
+        self.merged_names: tuple[str, ...] = ()
+        self.train(base_layer.training)
+
+    # ---- forward ----------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        state = self.state
+        if not state.enabled:
+            return self.base_layer(*args, **kwargs)
+        if state.route is not None:
+            return self._mixed(state.route, args, kwargs)
+        names = [name for name in state.active if name in self.adapters and name not in self.merged_names]
+        if not names:
+            return self.base_layer(*args, **kwargs)
+        x, args = self._first(args, kwargs)
+        return self.around(names, self._layer(args, kwargs), args, kwargs)(x)
+
+    def _first(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple]:
+        if args:
+            return args[0], args[1:]
+        first = self.site.first if self.site.first in kwargs else next(iter(kwargs))
+        return kwargs.pop(first), ()
+
+    def _layer(self, args: tuple, kwargs: dict[str, Any]) -> Base:
+        base_layer = self.base_layer
+        return lambda h: base_layer(h, *args, **kwargs)
+
+    def around(self, names: Iterable[str], layer: Base, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Base:
+        """Fold ``names`` around ``layer``: weight-level adapters first, then the others, innermost first."""
+        own = [(name, self.adapters[name]) for name in names]
+        inside = [(n, a) for n, a in own if isinstance(a, Reweight) or not self.site.maps_input]
+        if inside:
+            layer = self._reweighted(inside, args, kwargs or {})
+        for name, adapter in own:
+            if isinstance(adapter, Reweight) or not self.site.maps_input:
+                continue
+            if (copy := adapter.replacement()) is not None:
+                layer = _calling(copy, args, kwargs or {})
+            elif (new := adapter.overrides()) is not None:
+                layer = self._overridden(new, args, kwargs or {})
+            else:
+                layer = _stand_around(adapter, layer, self._gain(name))
+        return layer
+
+    def _overridden(self, new: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Base:
+        """The inner layer, called with ``new`` in place of the base layer's own parameters."""
+        depth, layer = "", self.base_layer
+        while getattr(layer, "is_adapted", False):
+            depth, layer = depth + "base_layer.", layer.base_layer
+        prefixed = {depth + name: value for name, value in new.items()}
+        return lambda h: functional_call(self.base_layer, prefixed, (h, *args), kwargs)
+
+    def _gain(self, name: str) -> float | Tensor | None:
+        gain, here = self.state.gains.get(name), self.gains.get(name)
+        if gain is None or here is None:
+            return here if gain is None else gain
+        return gain * here
+
+    def _reweighted(self, inside: list[tuple[str, Adapter]], args: tuple, kwargs: dict[str, Any]) -> Base:
+        dtype = self.site.dtype
+        weight, bias = self._fold(inside)
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        if self.site.maps_input:
+            return lambda h: self.site(h, weight, bias, *args, **kwargs)
+        return self._overridden(self.site.replaced(weight, bias), args, kwargs)
+
+    def _fold(self, inside: Iterable[tuple[str, Adapter]]) -> Weight:
+        """``merged`` of each adapter over the layer's own (W, b), in the adapters' dtype (at least float32)."""
+        weight, bias = self.site.weight, self._inner_bias()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+        for name, adapter in inside:
+            new_weight, new_bias = adapter.merged(weight, bias)
+            gain = self._gain(name)
+            if gain is not None:
+                new_weight = weight + gain * (new_weight - weight)
+                if new_bias is not None:
+                    old = torch.zeros_like(new_bias) if bias is None else bias
+                    new_bias = old + gain * (new_bias - old)
+            weight, bias = new_weight, new_bias
+        return weight, bias
+
+    def _inner_bias(self) -> Tensor | None:
+        """The layer's bias, or the one that an active adapter of an inner wrapper puts in its place."""
+        bias = self.site.bias
+        for host in hosts(self.base_layer):
+            for name in self.state.active:
+                if name in host.adapters and name not in host.merged_names:
+                    bias = (host.adapters[name].overrides() or {}).get("bias", bias)
+        return bias
+
+    def _mixed(self, route: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
+        chain = list(hosts(self))
+        bare = chain[-1].base_layer
+        here = [n for n in dict.fromkeys(route) if any(n in host.adapters for host in chain)]
+        if not here:
+            return bare(*args, **kwargs)
+        x, args = self._first(args, kwargs)
+        dim = self.site.batch_dim
+        rows = self.state.rows(x.shape[dim], x.device)
+        y = bare(x, *args, **kwargs)  # once, for all rows
+        # What a module takes besides x, and layers inside it, cannot be cut into rows: such a one runs whole.
+        whole = len(chain) > 1 or args or kwargs or self.site.kind in ("parameter", "opaque")
+        for name in here:
+            own = rows[name]
+            if whole:
+                with self.state.only(name):
+                    part = _rows_of(self(x, *args, **kwargs), own, dim)
+            else:
+                part = x.index_select(dim, own)
+                part = self.around((name,), _known(bare, part, _rows_of(y, own, dim)))(part)
+            y = _put_rows(y, own, part, dim)
+        return y
+
+    # ---- merging ----------------------------------------------------------------------------------------------------
+    def merge(self, names: Iterable[str], check: bool = True, keep: torch.device | str | None = None) -> None:
+        """Fold the named adapters into new parameters and put those in; the old objects are kept for ``unmerge``.
+
+        Raises:
+            ValueError: an adapter cannot be merged here, or the result is not finite.
+        """
+        names = [n for n in names if n in self.adapters]
+        if not names:
+            return
+        before = self.merged_names
+        self.unmerge()  # what was merged before is folded again together with the new ones
+        names = [*before, *(n for n in names if n not in before)]
+        overrides = {k: v for n in names for k, v in (self.adapters[n].overrides() or {}).items()}
+        if overrides:
+            self.original = self.site.put({k: nn.Parameter(v.detach().clone(), False) for k, v in overrides.items()})
+            self.merged_names = tuple(names)
+            return
+        ordered = sorted(names, key=lambda n: not isinstance(self.adapters[n], Reweight))
+        with torch.no_grad():
+            weight, bias = self._fold((n, self.adapters[n]) for n in ordered)
+        dtype = self.site.dtype
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+        if check and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
+            self.merge(before, check=False, keep=keep)
+            raise ValueError(
+                f"Merging {', '.join(names)} into '{self.site.path}' gives values that are not finite; nothing was merged."
+            )
+        self.original = self.site.swap(weight, bias)
+        self.merged_names = tuple(names)
+        if keep is not None:
+            for parameter in self.original.values():
+                if parameter is not None:
+                    parameter.data = parameter.data.to(keep)
+
+    def unmerge(self) -> None:
+        """Put the very parameter objects back that were there before ``merge``."""
+        if self.original is None:
+            return
+        now = self.site.put(self.original)
+        for name, old in self.original.items():
+            new = now.get(name)
+            if old is not None and new is not None and old.device != new.device:
+                old.data = old.data.to(new.device)
+        self.original, self.merged_names = None, ()
+
+    def lend(self, residual: Parameters | None) -> None:
+        """Have ``residual`` stand in for the layer's own parameters, or, with None, have those back."""
+        if self.guest is residual:
+            return
+        if self.lent is not None:
+            self.site.put(self.lent)
+        self.lent = None if residual is None else self.site.put(residual)
+        self.guest = residual
+
+    # ---- what strangers read ----------------------------------------------------------------------------------------
+    def get_base_layer(self) -> nn.Module:
+        """The layer under all wrappers."""
+        layer = self.base_layer
+        return layer.get_base_layer() if getattr(layer, "is_adapted", False) else layer
+
+    def each(self, leaf: str) -> dict[str, Any]:
+        """adapter name -> that adapter's attribute ``leaf``, for the adapters that have it."""
+        return {name: getattr(a, leaf) for name, a in self.adapters.items() if hasattr(a, leaf)}
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__") or "adapters" not in self.__dict__.get("_modules", {}):
+                raise
+        found = self.each(name)
+        return found if found else getattr(self.base_layer, name)
+
+
+def _stand_around(adapter: Adapter, layer: Base, gain: float | Tensor | None) -> Base:
+    if gain is None:
+        return lambda h: adapter(h, layer)
+
+    def scaled(h: Tensor) -> Tensor:
+        y = layer(h)
+        g = gain if not isinstance(gain, Tensor) else gain.to(y.dtype)
+        return y + g * (adapter(h, _known(layer, h, y)) - y)
+
+    return scaled
+
+
+def _calling(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Base:
+    return lambda h: module(h, *args, **kwargs)
+
+
+def _known(f: Base, x: Tensor, y: Tensor) -> Base:
+    """``f``, remembering that ``f(x) = y``: an adapter that leaves its input alone costs no second call."""
+    return lambda h: y if h is x else f(h)
+
+
+def _rows_of(value: Any, rows: Tensor, dim: int) -> Any:
+    if isinstance(value, Tensor):
+        return value.index_select(dim, rows)
+    if isinstance(value, tuple):
+        return tuple(_rows_of(v, rows, 0 if i else dim) for i, v in enumerate(value))
+    return value
+
+
+def _put_rows(whole: Any, rows: Tensor, part: Any, dim: int) -> Any:
+    if isinstance(whole, Tensor):
+        return whole.index_copy(dim, rows, part.to(whole.dtype))
+    if isinstance(whole, tuple):
+        both = enumerate(zip(whole, part, strict=True))
+        return tuple(_put_rows(w, rows, p, 0 if i else dim) for i, (w, p) in both)
+    return whole
+
+
+def hosts(module: nn.Module) -> Iterator[Adapted]:
+    """The wrappers of one layer, outermost first."""
+    while isinstance(module, Adapted):
+        yield module
+        module = module.base_layer

@@ -1,0 +1,231 @@
+"""Adapters on disk: place + the adapter's own key, in safetensors; loaded strictly, straight into place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter
+from veneer.core.files import write_bytes
+from veneer.core.patterns import nearest
+from veneer.engine.tuner import Tuner
+
+PREFIX = "base_model.model."
+SHARED_PREFIX = "base_model."
+SAFE_NAME = "adapter_model.safetensors"
+BIN_NAME = "adapter_model.bin"
+
+
+@dataclass
+class LoadReport:
+    """What a load did. ``missing``, ``unexpected``: keys; ``mismatched``: (key, shape in the file, shape wanted)."""
+
+    loaded: int = 0
+    missing_keys: list[str] = field(default_factory=list)
+    unexpected_keys: list[str] = field(default_factory=list)
+    mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        return not (self.missing_keys or self.unexpected_keys or self.mismatched_keys)
+
+    def sentence(self) -> str:
+        """What is wrong and its likely cause, in a few lines."""
+        parts = []
+        for what, keys in (
+            ("missing from the file", self.missing_keys),
+            ("without a place in the model", self.unexpected_keys),
+            ("of another shape", [f"{k}: {a} in the file, {b} in the model" for k, a, b in self.mismatched_keys]),
+        ):
+            if keys:
+                more = f", and {len(keys) - 4} more" if len(keys) > 4 else ""
+                parts.append(f"{len(keys)} tensors are {what} ({'; '.join(keys[:4])}{more})")
+        return ". ".join(parts) + f". {self._cause()}"
+
+    def _cause(self) -> str:
+        if self.mismatched_keys and not self.missing_keys:
+            return "The adapter was likely trained on a base model of another size, or its config names another rank."
+        if self.missing_keys and self.unexpected_keys:
+            near = nearest(self.unexpected_keys[0], self.missing_keys, 1)
+            hint = f" ('{self.unexpected_keys[0]}' looks like '{near[0]}')" if near else ""
+            return f"The adapter was likely saved from a model with other module names{hint}; pass key_mapping to rename keys."
+        if self.unexpected_keys:
+            return "The config names fewer layers than the file holds; check target_modules and the base model."
+        return "The file is incomplete, or the config names more layers than were saved."
+
+
+def prompt_tensors(prompt: nn.Module) -> dict[str, Tensor]:
+    """A prompt's tensors under their file keys."""
+    return prompt.outgoing() if hasattr(prompt, "outgoing") else dict(prompt.state_dict())
+
+
+def holders(tuner: Tuner, name: str) -> Iterator[tuple[str, nn.Module, Adapter | None]]:
+    """(key prefix, module whose state_dict is saved, its adapter) for everything that one adapter saves."""
+    for place, adapter in tuner.adapters(name):
+        yield PREFIX + (place + "." if place else ""), adapter.holder, adapter
+    if name in tuner.shared:
+        yield SHARED_PREFIX, tuner.shared[name], None
+
+
+def tensors(tuner: Tuner, name: str) -> dict[str, Tensor]:
+    """One adapter's tensors under their keys on disk; the adapter's name is in none of them.
+
+    Raises:
+        ValueError: no such adapter, or a tensor that is empty (a shard whose parts are elsewhere).
+    """
+    out: dict[str, Tensor] = {}
+    for prefix, holder, adapter in holders(tuner, name):
+        own = dict(holder.state_dict())
+        own = adapter.outgoing(own) if adapter is not None else own
+        out |= {prefix + key: value for key, value in own.items()}
+    if name in tuner.prompts:
+        out |= prompt_tensors(tuner.prompts[name])
+    empty = [key for key, value in out.items() if value.numel() == 0]
+    if empty:
+        raise ValueError(
+            f"The tensor {empty[0]} is empty: its parts lie on other processes; gather them before saving."
+        )
+    return out
+
+
+def put(
+    tuner: Tuner, name: str, found: dict[str, Tensor], strict: bool = True, ignore_mismatched_sizes: bool = False
+) -> LoadReport:
+    """Put tensors under file keys into one adapter.
+
+    Args:
+        tuner: the tuner that holds the adapter.
+        name: the adapter.
+        found: file key -> tensor.
+        strict: refuse a file that does not fit exactly; nothing is changed then.
+        ignore_mismatched_sizes: leave tensors of another shape out instead of refusing.
+
+    Raises:
+        ValueError: strict, and something is missing, unexpected or mis-shaped; the sentence says what and why.
+    """
+    report, writes, left = LoadReport(), [], dict(found)
+    longest_first = sorted(holders(tuner, name), key=lambda h: -len(h[0]))
+    for prefix, holder, adapter in longest_first:
+        expected = dict(holder.state_dict())
+        if not expected:
+            continue
+        mine = {k[len(prefix) :]: left.pop(k) for k in _own_keys(prefix, left, expected, adapter)}
+        mine = adapter.incoming(mine) if adapter is not None else mine
+        expected = dict(holder.state_dict())  # incoming may have taken the file's layout
+        report.missing_keys += [prefix + k for k in expected if k not in mine]
+        report.unexpected_keys += [prefix + k for k in mine if k not in expected]
+        for key, value in mine.items():
+            if key in expected and expected[key].shape != value.shape:
+                report.mismatched_keys.append((prefix + key, tuple(value.shape), tuple(expected[key].shape)))
+            elif key in expected:
+                writes.append((holder, key, value))
+    if name in tuner.prompts:
+        _put_prompt(tuner.prompts[name], left, report, writes)
+    report.unexpected_keys += list(left)
+    _judge(report, name, strict, ignore_mismatched_sizes)
+    for holder, key, value in writes:
+        _assign(holder, key, value)
+    report.loaded = len(writes)
+    return report
+
+
+def _own_keys(prefix: str, left: dict[str, Tensor], expected: dict[str, Tensor], adapter: Adapter | None) -> list[str]:
+    if adapter is None:
+        return [prefix + k for k in expected if prefix + k in left]
+    exact = [prefix + k for k in adapter.outgoing(dict(expected)) if prefix + k in left]
+    return exact or [
+        k
+        for k in left
+        if k.startswith(prefix) and "." not in k[len(prefix) :].removesuffix(".weight").removesuffix(".bias")
+    ]
+
+
+def _put_prompt(prompt: nn.Module, left: dict[str, Tensor], report: LoadReport, writes: list) -> None:
+    expected = dict(prompt.state_dict())
+    own = {k: left.pop(k) for k in list(left)}
+    own = prompt.incoming(own) if hasattr(prompt, "incoming") else own
+    report.missing_keys += [k for k in expected if k not in own]
+    for key, value in own.items():
+        if key not in expected:
+            left[key] = value
+        elif expected[key].shape != value.shape:
+            report.mismatched_keys.append((key, tuple(value.shape), tuple(expected[key].shape)))
+        else:
+            writes.append((prompt, key, value))
+
+
+def _judge(report: LoadReport, name: str, strict: bool, ignore_mismatched: bool) -> None:
+    if not report.missing_keys and not report.unexpected_keys and ignore_mismatched:
+        return
+    if report.mismatched_keys and not ignore_mismatched or strict and not report.clean:
+        raise ValueError(f"The tensors do not fit adapter '{name}'; nothing was loaded. {report.sentence()}")
+
+
+def _assign(holder: nn.Module, key: str, value: Tensor) -> None:
+    """Copy into the existing tensor; a tensor on the meta device is replaced."""
+    path, _, leaf = key.rpartition(".")
+    owner = holder.get_submodule(path)
+    current = getattr(owner, leaf)
+    with torch.no_grad():
+        if current.device.type != "meta":
+            current.copy_(value)
+            return
+    if leaf in owner._parameters:
+        value = value.to(current.dtype) if current.is_floating_point() else value
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=current.requires_grad)
+    else:
+        owner._buffers[leaf] = value
+
+
+def write(folder: str | Path, found: dict[str, Tensor], safe: bool = True) -> Path:
+    """Write tensors into an adapter folder, atomically; equal tensors give equal bytes.
+
+    Raises:
+        OSError: the disk is full or not writable; a file that stood there before is untouched.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {k: v.detach().to("cpu").contiguous() for k, v in sorted(found.items())}
+    seen: dict[int, str] = {}
+    for key, value in plain.items():
+        if value.data_ptr() in seen and value.numel():
+            plain[key] = value.clone()
+        seen[plain[key].data_ptr()] = key
+    path = folder / (SAFE_NAME if safe else BIN_NAME)
+    if safe:
+        write_bytes(path, lambda temporary: save_file(plain, temporary, metadata={"format": "pt"}))
+    else:
+        write_bytes(path, lambda temporary: torch.save(plain, temporary))
+    return path
+
+
+def read(folder: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """The tensors of an adapter folder: memory-mapped safetensors, or a ``.bin`` of plain tensors only.
+
+    Raises:
+        FileNotFoundError: the folder holds neither.
+        ValueError: the file is truncated or malformed.
+    """
+    folder = Path(folder)
+    path = folder / SAFE_NAME
+    if path.is_file():
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except Exception as error:
+            raise ValueError(f"{path} is truncated or no safetensors file: {error}.") from error
+    path = folder / BIN_NAME
+    if path.is_file():
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:
+            raise ValueError(f"{path} cannot be read as plain tensors (weights_only=True): {error}.") from error
+    raise FileNotFoundError(
+        f"{folder} holds neither {SAFE_NAME} nor {BIN_NAME}, so there are no adapter weights to load."
+    )

@@ -1,0 +1,509 @@
+"""The tuner: plants adapters into a model, chooses and routes them, merges them, and takes them out again."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core import registry
+from veneer.core.adapter import Adapter
+from veneer.core.config import PeftConfig
+from veneer.core.prompt import Prompt
+from veneer.core.sites import OpaqueSite, Site, sites_for
+from veneer.engine import targets
+from veneer.engine.adapted import BASE, Adapted, State, hosts
+
+
+class Tuner(nn.Module):
+    """A base model with named adapters in it.
+
+    Args:
+        model: the base; its layers are wrapped in place, its parameters are frozen at the first ``add``.
+
+    Attributes:
+        configs: adapter name -> its config.
+        state: the switchboard that every wrapper of this model reads.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.shared = nn.ModuleDict()
+        self.prompts = nn.ModuleDict()
+        self.configs: dict[str, PeftConfig] = {}
+        self.state = State()
+        self.inputs: dict[str, Any] = {}
+        self._hosts: dict[str, list[Adapted]] = {}
+        self._training: set[str] = set()
+        self._frozen: set[str] = set()
+        self._was_trainable: list[nn.Parameter] = []
+        self._merged_hosts: list[Adapted] = []
+        self._split_hosts: list[Adapted] = []
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
+    # ---- adding and taking out --------------------------------------------------------------------------------------
+    def add(
+        self,
+        name: str,
+        config: PeftConfig,
+        *,
+        device: torch.device | str | None = None,
+        autocast_adapter_dtype: bool = True,
+        only: set[str] | None = None,
+    ) -> list[Site]:
+        """Build one adapter per matching layer, then plant them all; nothing is planted if any of them refuses.
+
+        Args:
+            name: the adapter's name.
+            config: its settings.
+            device: where its tensors go (``"meta"`` to leave them empty); default: each layer's own device.
+            autocast_adapter_dtype: float32 adapters over a half-precision base; False: the base's dtype.
+            only: keep just the layers with these paths.
+
+        Raises:
+            ValueError: a bad or taken name, a config that matches nothing, or a layer the method cannot sit at.
+        """
+        self._check_name(name)
+        config.check()
+        row = registry.of(config.peft_type)
+        if issubclass(row.build, Prompt):
+            prompt = row.build.on(self.model, config)
+            self._freeze_base()
+            self.prompts[name] = _placed(prompt, prompt.device, prompt.dtype, device, autocast_adapter_dtype)
+            pairs: list[tuple[Site, Adapter]] = self._auxiliary(config, [])
+            own: list[Site] = []
+            shared = None
+        else:
+            own = self._sites(config, row.build, only)
+            pairs = self._auxiliary(config, own)
+            copied = [site.path for site, adapter in pairs if adapter.replacement() is not None]
+            own = [s for s in own if not any(s.path == p or s.path.startswith(p + ".") for p in copied)]
+            if not own:
+                raise ValueError("Every layer that target_modules matches lies in modules_to_save; choose others.")
+            shared = row.build.plan(config, own)
+            pairs += [(site, row.build.on(site, config.at(_pattern_path(site)), shared)) for site in own]
+        self._freeze_base()
+        if shared is not None:
+            lead = own[0]
+            self.shared[name] = _placed(shared, lead.device, lead.dtype, device, autocast_adapter_dtype)
+        self._hosts[name] = []
+        for site, adapter in pairs:
+            autocast = autocast_adapter_dtype and not adapter.keeps_dtype
+            placed = _placed(adapter, site.device, site.dtype, device, autocast)
+            self._plant(name, site, placed)
+        self.configs[name] = config
+        self._train(name, False)
+        return own
+
+    def _sites(self, config: PeftConfig, build: type[Adapter], only: set[str] | None) -> list[Site]:
+        turned = bool(getattr(config, "fan_in_fan_out", False))
+        found: list[Site] = []
+        for target in targets.find(self.model, config):
+            if only is not None and target.path not in only:
+                continue
+            here = [] if build.whole_modules else sites_for(target.path, target.module, target.parameter, turned)
+            found += here or [OpaqueSite(target.path, target.module)]
+        for site in found:
+            site.inputs = self.inputs
+        if not found:
+            raise ValueError(f"No layer of {type(self.model).__name__} was left to adapt.")
+        return found
+
+    def _auxiliary(self, config: PeftConfig, own: Sequence[Site]) -> list[tuple[Site, Adapter]]:
+        pairs: list[tuple[Site, Adapter]] = []
+        for option, build in registry.AUXILIARY.items():
+            value = getattr(config, option, None)
+            if value in (None, "none", [], {}, False):
+                continue
+            sites = build.sites(self.model, config, own, targets.find_named)
+            for site in sites:
+                site.inputs = self.inputs
+            shared = build.plan(config, sites)
+            pairs += [(site, build.on(site, config, shared)) for site in sites]
+        return pairs
+
+    def _plant(self, name: str, site: Site, adapter: Adapter) -> None:
+        parent, leaf = self._parent(site.path)
+        current = self._child(parent, leaf)
+        for host in hosts(current):
+            if host.site.parameter == site.parameter and host.site.kind == site.kind and name not in host.adapters:
+                break
+        else:
+            host = Adapted(current, site, self.state)
+            self._set_child(parent, leaf, host)
+        if host.merged_names:
+            raise ValueError(
+                f"'{site.path}' is merged ({', '.join(host.merged_names)}); unmerge before adding an adapter."
+            )
+        adapter.site = host.site if adapter.site is site else adapter.site
+        adapter.train(host.training)
+        host.adapters[name] = adapter
+        self._hosts[name].append(host)
+        if adapter.residual is not None and host not in self._split_hosts:
+            self._split_hosts.append(host)
+
+    def _parent(self, path: str) -> tuple[nn.Module | None, str]:
+        if not path:
+            return None, ""
+        *parts, leaf = path.split(".")
+        module = self.model
+        for part in parts:
+            module = getattr(_innermost(module), part)
+        return _innermost(module), leaf
+
+    def _child(self, parent: nn.Module | None, leaf: str) -> nn.Module:
+        return self.model if parent is None else getattr(parent, leaf)
+
+    def _set_child(self, parent: nn.Module | None, leaf: str, module: nn.Module) -> None:
+        if parent is None:
+            self.model = module
+        else:
+            parent._modules[leaf] = module
+
+    def _freeze_base(self) -> None:
+        if self.configs:
+            return
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                self._was_trainable.append(parameter)
+                parameter.requires_grad_(False)
+
+    def _check_name(self, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"An adapter's name must be a non-empty string, not {name!r}.")
+        bad = sorted(set(name) & set("./\\"))
+        if bad:
+            raise ValueError(
+                f"The adapter name '{name}' contains {' and '.join(map(repr, bad))}; use letters, digits, _ or -."
+            )
+        if name == BASE or hasattr(nn.ModuleDict, name) or name == "training":
+            raise ValueError(f"The adapter name '{name}' is reserved; choose another.")
+        if name in self.configs:
+            raise ValueError(f"An adapter named '{name}' exists already; delete it first or choose another name.")
+
+    def delete(self, name: str) -> None:
+        """Take one adapter out; layers that no adapter is left at get their own module back.
+
+        Raises:
+            ValueError: no such adapter.
+        """
+        self._require(name)
+        if any(name in host.merged_names for host in self._hosts[name]):
+            self.unmerge()
+        active = tuple(n for n in self.state.active if n != name)
+        if active != self.state.active:
+            self.state.active = active
+            self._settle()
+        for host in reversed(self._hosts.pop(name)):
+            del host.adapters[name]
+            host.gains.pop(name, None)
+            if not len(host.adapters):
+                self._unwrap(host)
+        self._split_hosts = [h for h in self._split_hosts if any(a.residual is not None for a in h.adapters.values())]
+        for table in (self.shared, self.prompts):
+            if name in table:
+                del table[name]
+        del self.configs[name]
+        self._training.discard(name)
+        self._frozen.discard(name)
+        self.state.gains.pop(name, None)
+
+    def _unwrap(self, host: Adapted) -> None:
+        parent, leaf = self._parent(host.site.path)
+        outer = self._child(parent, leaf)
+        if outer is host:
+            self._set_child(parent, leaf, host.base_layer)
+            return
+        while outer.base_layer is not host:
+            outer = outer.base_layer
+        outer.base_layer = host.base_layer
+
+    def rename(self, old: str, new: str) -> None:
+        """Give an adapter another name; its tensors, place and state stay.
+
+        Raises:
+            ValueError: no such adapter, or the new name is bad or taken.
+        """
+        self._require(old)
+        self._check_name(new)
+        for host in self._hosts[old]:
+            host.adapters[new] = host.adapters.pop(old)
+            host.merged_names = tuple(new if n == old else n for n in host.merged_names)
+            if old in host.gains:
+                host.gains[new] = host.gains.pop(old)
+        for table in (self.shared, self.prompts):
+            if old in table:
+                table[new] = table.pop(old)
+        for names in (self._training, self._frozen):
+            if old in names:
+                names.remove(old)
+                names.add(new)
+        for mapping in (self.configs, self._hosts, self.state.gains):
+            if old in mapping:
+                mapping[new] = mapping.pop(old)
+        self.state.active = tuple(new if n == old else n for n in self.state.active)
+
+    def unload(self, *, merge: bool = False, names: Sequence[str] | None = None, check: bool = True) -> nn.Module:
+        """The base model with its own modules back in place, and nothing of this tuner left on it.
+
+        Args:
+            merge: leave the named (default: the active) adapters' effect in the weights.
+            names: which adapters to merge.
+            check: refuse a merge that is not finite.
+
+        Raises:
+            ValueError: an adapter cannot be merged; the model is as it was then.
+        """
+        chosen = tuple(names) if names is not None else self.state.active
+        if merge:
+            self.merge(*chosen, check=check)
+        else:
+            self.unmerge()
+            self.state.active = ()
+            self._settle()
+        for host in self._all_hosts(innermost_first=True):
+            parent, leaf = self._parent(host.site.path)
+            new: nn.Module = host.base_layer
+            if merge:
+                for name in chosen:
+                    if name in host.adapters:
+                        new = host.adapters[name].replacement() or new
+            for parameter in new.parameters():
+                parameter.requires_grad_(False)
+            outer = self._child(parent, leaf)
+            if outer is host:
+                self._set_child(parent, leaf, new)
+            else:
+                while outer.base_layer is not host:
+                    outer = outer.base_layer
+                outer.base_layer = new
+        for parameter in self._was_trainable:
+            parameter.requires_grad_(True)
+        self._hosts, self.configs, self._merged_hosts, self._split_hosts = {}, {}, [], []
+        self.shared, self.prompts = nn.ModuleDict(), nn.ModuleDict()
+        return self.model
+
+    # ---- walking ----------------------------------------------------------------------------------------------------
+    def _require(self, *names: str) -> None:
+        for name in names:
+            if name not in self.configs:
+                have = ", ".join(self.configs) or "none"
+                raise ValueError(f"There is no adapter named '{name}'; this model has: {have}.")
+
+    def _all_hosts(self, innermost_first: bool = False) -> list[Adapted]:
+        found = list(dict.fromkeys(h for each in self._hosts.values() for h in each))
+        if innermost_first:
+            found.sort(key=lambda h: sum(1 for _ in hosts(h)))
+        return found
+
+    def hosts(self, name: str | None = None) -> list[Adapted]:
+        """The wrappers that hold ``name`` (default: all wrappers)."""
+        return list(self._hosts[name]) if name is not None else self._all_hosts()
+
+    def adapters(self, name: str) -> Iterator[tuple[str, Adapter]]:
+        """(place, adapter) for every site of one adapter. The place is what its checkpoint keys start with."""
+        self._require(name)
+        depth: dict[str, int] = {}
+        places: list[tuple[str, Adapter]] = []
+        for host in reversed(self._hosts[name]):  # planted innermost first, so the outermost comes first here
+            nested = depth.get(host.site.path, 0)
+            depth[host.site.path] = nested + 1
+            adapter = host.adapters[name]
+            parts = [host.site.path, *["base_layer"] * nested, adapter.site.below]
+            places.append((".".join(p for p in parts if p), adapter))
+        yield from reversed(places)
+
+    # ---- choosing ---------------------------------------------------------------------------------------------------
+    def set_active(self, *names: str, trainable: bool = True) -> None:
+        """Make exactly these adapters active, innermost first, and (unless frozen) the only ones that train.
+
+        Raises:
+            ValueError: no such adapter, or two of them need another base weight at one layer.
+        """
+        self._require(*names)
+        if self._merged_hosts:
+            warnings.warn("Adapters cannot be switched while merged: unmerging first.", stacklevel=2)
+            self.unmerge()
+        before = self.state.active
+        self.state.active = tuple(dict.fromkeys(names))
+        try:
+            self._settle()
+        except ValueError:
+            self.state.active = before
+            self._settle()
+            raise
+        wanted = {n for n in self.state.active if n not in self._frozen} if trainable else set()
+        for name in self._training - wanted:
+            self._train(name, False)
+        for name in wanted:
+            self._train(name, True)
+
+    def _train(self, name: str, on: bool) -> None:
+        modules: list[nn.Module] = [host.adapters[name] for host in self._hosts[name]]
+        modules += [table[name] for table in (self.shared, self.prompts) if name in table]
+        for module in modules:
+            fixed = getattr(module, "fixed", frozenset())
+            for key, parameter in module.named_parameters():
+                parameter.requires_grad_(on and key not in fixed)
+        (self._training.add if on else self._training.discard)(name)
+
+    def freeze(self, *names: str, frozen: bool = True) -> None:
+        """Keep adapters from training, also when they are made active later; ``frozen=False`` lifts it."""
+        self._require(*names)
+        for name in names:
+            (self._frozen.add if frozen else self._frozen.discard)(name)
+            self._train(name, not frozen and name in self.state.active)
+
+    def set_trainable(self, name: str, trainable: bool) -> None:
+        """Whether one adapter's tensors require gradients now, be it active or not."""
+        self._require(name)
+        self._train(name, trainable)
+
+    def set_enabled(self, enabled: bool) -> None:
+        """Switch all adapters off or on; off is the true base, merged or split weights put aside."""
+        if enabled == self.state.enabled:
+            return
+        self.state.enabled = enabled
+        if enabled:
+            self._settle()
+        for host in self._merged_hosts if enabled else reversed(self._merged_hosts):
+            host.original = host.site.put(host.original or {})
+        if not enabled:
+            self._settle()
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within: exactly the base model."""
+        before = self.state.enabled
+        self.set_enabled(False)
+        try:
+            yield
+        finally:
+            self.set_enabled(before)
+
+    def _settle(self) -> None:
+        """Have the base weight in place that the active adapters' starts were made for."""
+        for host in self._split_hosts:
+            wanted = [n for n in self.state.active if n in host.adapters and host.adapters[n].residual is not None]
+            if len(wanted) > 1:
+                raise ValueError(
+                    f"The adapters {' and '.join(wanted)} each replaced the base weight of '{host.site.path}' at their start, so "
+                    "they cannot be active together; convert them to plain LoRA first."
+                )
+            host.lend(host.adapters[wanted[0]].residual if wanted and self.state.enabled else None)
+
+    def route(self, names: Sequence[str] | None) -> None:
+        """One adapter name per row of the batches to come (``"__base__"``: none), until the next call of ``route``.
+
+        Raises:
+            ValueError: an unknown name, or a merged model.
+        """
+        if names is not None:
+            self._require(*(n for n in dict.fromkeys(names) if n != BASE))
+            if self._merged_hosts:
+                raise ValueError("A mixed batch needs unmerged adapters: call unmerge_adapter() first.")
+            for name in dict.fromkeys(names):
+                if any(h.adapters[name].residual is not None for h in self._hosts.get(name, ())):
+                    raise ValueError(
+                        f"Adapter '{name}' replaced base weights at its start, so it cannot share a batch; convert it to "
+                        "plain LoRA first."
+                    )
+        self.state.send(names)
+
+    # ---- merging ----------------------------------------------------------------------------------------------------
+    def merge(self, *names: str, check: bool = True, keep: torch.device | str | None = None) -> None:
+        """Fold adapters (default: the active ones) into new base parameters. All layers or none.
+
+        Args:
+            names: adapters, in the order in which they are folded.
+            check: refuse results that are not finite.
+            keep: device that holds the original parameters meanwhile; default: where they are.
+
+        Raises:
+            ValueError: an unknown name, an adapter whose effect is no weight, or a result that is not finite.
+        """
+        chosen = names or self.state.active
+        self._require(*chosen)
+        prompts = [n for n in chosen if n in self.prompts]
+        if prompts:
+            raise ValueError(f"'{prompts[0]}' is a prompt, which has no weight to merge into.")
+        todo = [h for h in self._all_hosts(innermost_first=True) if any(n in h.adapters for n in chosen)]
+        for host in todo:
+            for name in chosen:
+                adapter = host.adapters[name] if name in host.adapters else None
+                if adapter is not None and not adapter.mergeable and adapter.replacement() is None:
+                    adapter.merged(host.site.weight, host.site.bias)  # says why it refuses
+        done: list[tuple[Adapted, tuple[str, ...]]] = []
+        try:
+            for host in todo:
+                mergeable = [n for n in chosen if n in host.adapters and host.adapters[n].replacement() is None]
+                if mergeable:
+                    before = host.merged_names
+                    host.merge(mergeable, check=check, keep=keep)
+                    done.append((host, before))
+        except BaseException:
+            for host, before in reversed(done):
+                host.unmerge()
+                host.merge(before, check=False, keep=keep)
+            raise
+        self._merged_hosts = [h for h in self._all_hosts(innermost_first=True) if h.merged_names]
+
+    def unmerge(self) -> None:
+        """Put the very parameter objects back that were there before ``merge``."""
+        for host in reversed(self._merged_hosts):
+            host.unmerge()
+        self._merged_hosts = []
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """Names of the adapters that are merged now."""
+        return tuple(dict.fromkeys(n for host in self._merged_hosts for n in host.merged_names))
+
+    # ---- training -----------------------------------------------------------------------------------------------------
+    def penalty(self) -> Tensor | None:
+        """The sum of the active adapters' terms for the loss, or None."""
+        terms = [
+            term
+            for name in self.state.active
+            for host in self._hosts.get(name, ())
+            if (term := host.adapters[name].penalty()) is not None
+        ]
+        if not terms:
+            return None
+        lead = terms[0]
+        return torch.stack([t.to(lead.device, torch.float32) for t in terms]).sum()
+
+    def after_step(self, step: int) -> None:
+        """Tell the active methods that optimiser step number ``step`` (from 1) was taken; gradients are still there."""
+        for name in self.state.active:
+            build = registry.of(self.configs[name].peft_type).build
+            if issubclass(build, Adapter):
+                build.after_step(self.configs[name], dict(self.adapters(name)), step)
+
+
+def _pattern_path(site: Site) -> str:
+    return f"{site.path}.{site.parameter}" if site.kind == "parameter" and not site.below else site.path
+
+
+def _innermost(module: nn.Module) -> nn.Module:
+    while isinstance(module, Adapted):
+        module = module.base_layer
+    return module
+
+
+def _placed(
+    module: nn.Module, device: torch.device, base_dtype: torch.dtype, wanted: torch.device | str | None, autocast: bool
+) -> nn.Module:
+    """Move a fresh adapter to its layer's device and its dtype: float32, or wider, or the base's where asked for."""
+    dtype = torch.promote_types(base_dtype, torch.float32) if autocast else base_dtype
+    target = torch.device(wanted) if wanted is not None else device
+    if target.type == "meta" and wanted is None:
+        return module.to(dtype=dtype)
+    return module.to(device=target, dtype=dtype)

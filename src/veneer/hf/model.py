@@ -1,0 +1,466 @@
+"""PeftModel: a transformers (or any) model with adapters, under the API people know."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import veneer.methods  # noqa: F401 - enters the methods into the registry
+from veneer.core.config import PeftConfig, TaskType
+from veneer.core.prompt import Prompt
+from veneer.engine import checkpoint
+from veneer.hf import card, hub, status
+from veneer.hf.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
+from veneer.hf.tuner import meta_to_layers, tuner_class
+
+HEADS = {
+    TaskType.SEQ_CLS: ["classifier", "score"],
+    TaskType.TOKEN_CLS: ["classifier", "score"],
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
+"""Freshly initialised heads of a task, which train and are saved along with the adapter."""
+
+
+class PeftModel(nn.Module):
+    """A base model with named adapters.
+
+    Args:
+        model: the base model; wrapped in place, its parameters are frozen.
+        peft_config: the first adapter's settings.
+        adapter_name: the first adapter's name.
+        autocast_adapter_dtype: adapters in float32 over a half-precision base (default), else in the base's dtype.
+        low_cpu_mem_usage: leave the adapter's tensors on the meta device until weights are loaded.
+
+    Raises:
+        ValueError: a config that does not fit the model; the model is as it was then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__()
+        if not isinstance(peft_config, PeftConfig):
+            raise TypeError(f"peft_config must be a config such as LoraConfig, not a {type(peft_config).__name__}.")
+        build = tuner_class(str(peft_config.peft_type))
+        self.base_model = build(model)
+        self.autocast_adapter_dtype = autocast_adapter_dtype
+        self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+        self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+        if getattr(model, "is_gradient_checkpointing", False):
+            self._inputs_require_grad()
+        config = getattr(model, "config", None)
+        if getattr(config, "pretraining_tp", 1) not in (1, None):
+            config.pretraining_tp = 1  # split base matmuls would bypass the wrapped layers
+
+    # ---- adapters ---------------------------------------------------------------------------------------------------
+    def _add(self, name: str, config: PeftConfig, low_cpu_mem_usage: bool, autocast: bool) -> None:
+        base = self.base_model.model
+        if config.task_type is None and config.auto_mapping is None:
+            config.auto_mapping = {
+                "base_model_class": type(base).__name__,
+                "parent_library": type(base).__module__.split(".")[0],
+            }
+        name_or_path = getattr(getattr(base, "config", None), "_name_or_path", None) or base.__dict__.get(
+            "name_or_path"
+        )
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = name_or_path or None
+        heads = [h for h in HEADS.get(config.task_type, ()) if _has(base, h)]  # type: ignore[call-overload]
+        if heads:
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *HEADS[config.task_type]]))  # type: ignore[index]
+        planted = config
+        if heads and len(heads) < len(HEADS[config.task_type]):  # type: ignore[index]
+            planted = copy.copy(config)
+            missing = [h for h in HEADS[config.task_type] if h not in heads]  # type: ignore[index]
+            planted.modules_to_save = [m for m in config.modules_to_save or [] if m not in missing]
+        self.base_model.inject(name, planted, low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast)
+        if planted is not config:
+            config.target_modules = planted.target_modules  # type: ignore[attr-defined]
+            self.base_model.configs[name] = config
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
+        """Add one more adapter, inactive, with fresh tensors.
+
+        Raises:
+            ValueError: the name is taken or bad, or the config does not fit; nothing is changed then.
+        """
+        self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make one adapter (or several, whose effects compose in this order) active."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take one adapter out; the last one can go too."""
+        self.base_model.delete(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within: exactly the base model."""
+        with self.base_model.disabled():
+            yield
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.base_model.configs
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        return self.base_model.active_adapter
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return self.base_model.active_adapters
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        return bool(self.active_adapters) and self.base_model.state.enabled
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        names = {m for config in self.peft_config.values() for m in getattr(config, "modules_to_save", None) or ()}
+        return names or None
+
+    # ---- running ----------------------------------------------------------------------------------------------------
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The adapted model. ``adapter_names``: one adapter per row of the batch, ``"__base__"`` for none."""
+        self.base_model.route(adapter_names)
+        return self._run(args, kwargs)
+
+    def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        prompt = self.active_prompt
+        if prompt is not None:
+            from veneer.hf import prompts
+
+            return prompts.forward(self, prompt, args, kwargs)
+        return self.base_model(*args, **kwargs)
+
+    @property
+    def active_prompt(self) -> Prompt | None:
+        """The prompt that is read before the text now, if one is active."""
+        if not self.base_model.state.enabled:
+            return None
+        for name in self.active_adapters:
+            if name in self.base_model.prompts:
+                return self.base_model.prompts[name]  # type: ignore[return-value]
+        return None
+
+    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """``generate`` of the base model with the adapters on; beams of a row follow the row's adapter."""
+        self.base_model.route(adapter_names)
+        try:
+            prompt = self.active_prompt
+            if prompt is not None:
+                from veneer.hf import prompts
+
+                return prompts.generate(self, prompt, args, kwargs)
+            return self.base_model.model.generate(*args, **kwargs)
+        finally:
+            self.base_model.route(None)
+
+    def get_base_model(self) -> nn.Module:
+        """The model inside (with the adapters in place; see ``unload`` to have it without)."""
+        return self.base_model.model
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Turn checkpointing on in the base, with inputs that carry gradients although the base is frozen."""
+        self.base_model.model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs or {"use_reentrant": False}, **kwargs
+        )
+        self._inputs_require_grad()
+
+    def _inputs_require_grad(self) -> None:
+        base = self.base_model.model
+        table = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+        if table is not None and "_veneer_grad_hook" not in table.__dict__:
+            handle = table.register_forward_hook(_require_grad)
+            table.__dict__["_veneer_grad_hook"] = handle
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        self._inputs_require_grad()
+        return model
+
+    # ---- counting ---------------------------------------------------------------------------------------------------
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameter counts; packed 4-bit parameters count as what they stand for."""
+        trainable = total = 0
+        for parameter in self.parameters():
+            count = parameter.numel()
+            if parameter.__class__.__name__ == "Params4bit":
+                count = count * 2 * getattr(parameter, "element_size", lambda: 1)()
+            total += count
+            trainable += count if parameter.requires_grad else 0
+        return trainable, total
+
+    def print_trainable_parameters(self) -> None:
+        trainable, total = self.get_nb_trainable_parameters()
+        print(
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / max(total, 1):.4f}"
+        )
+
+    def get_layer_status(self) -> list:
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> Any:
+        return status.get_model_status(self)
+
+    @property
+    def base_model_torch_dtype(self) -> torch.dtype | None:
+        return getattr(self.base_model.model, "dtype", None)
+
+    # ---- files ------------------------------------------------------------------------------------------------------
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Write adapters: "default" into the folder itself, others into sub-folders of their names.
+
+        Args:
+            save_directory: the folder; made if need be.
+            safe_serialization: safetensors; False writes ``adapter_model.bin``.
+            selected_adapters: names; default: all.
+            save_embedding_layers: "auto" saves embeddings when they were resized or are adapted themselves.
+            is_main_process: False: gather, but write nothing.
+            kwargs: ``state_dict``: take tensors from there instead of from the model.
+
+        Raises:
+            ValueError: ``save_directory`` is a file, or an unknown adapter.
+            OSError: the disk is full; what stood there before is untouched.
+        """
+        folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"save_directory '{folder}' is a file; give a folder.")
+        names = list(selected_adapters) if selected_adapters is not None else list(self.peft_config)
+        self.base_model._require(*names)
+        for name in names:
+            tensors = get_peft_model_state_dict(
+                self, kwargs.get("state_dict"), adapter_name=name, save_embedding_layers=save_embedding_layers
+            )
+            if not is_main_process:
+                continue
+            own = folder if name == "default" else folder / name
+            checkpoint.write(own, tensors, safe_serialization)
+            self.peft_config[name].write(own)
+        if is_main_process:
+            card.write_card(folder, {n: self.peft_config[n] for n in names}, self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike,
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> PeftModel:
+        """A base model with a saved adapter on it.
+
+        Args:
+            model: the base model.
+            model_id: an adapter's folder, or a hub id.
+            adapter_name: the name it gets here.
+            is_trainable: whether it trains on.
+            config: settings instead of the folder's own.
+            autocast_adapter_dtype: float32 adapters over a half-precision base.
+            low_cpu_mem_usage: build the adapter on the meta device and put the file's tensors in.
+            key_mapping: regular expression -> replacement, applied to the file's keys after their prefix.
+            strict: refuse a file that does not fit exactly.
+            kwargs: ``subfolder``, ``revision``, ``token``, ``cache_dir``, ``ignore_mismatched_sizes``, ...
+
+        Raises:
+            FileNotFoundError: no such folder or hub id.
+            ValueError: the file does not fit the model; the sentence says how.
+        """
+        from veneer.hf.tasks import task_class
+
+        folder = hub.resolve(model_id, **_hub_arguments(kwargs))
+        config = config if config is not None else PeftConfig.read(folder)
+        config = copy.deepcopy(config)
+        config.inference_mode = not is_trainable
+        if config.is_prompt_learning and is_trainable:
+            config.inference_mode = False
+        build = task_class(config) if cls is PeftModel else cls
+        whole = build(
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+        )
+        try:
+            whole._load_tensors(folder, adapter_name, key_mapping, strict, kwargs)
+        except BaseException:
+            whole.base_model.unload()
+            raise
+        whole.eval()
+        return whole
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike,
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: dict[str, str] | None = None,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> checkpoint.LoadReport:
+        """Load a saved adapter beside the others, inactive (or into an adapter of that name that exists).
+
+        Returns:
+            What was loaded; with ``strict=False`` also what did not fit.
+
+        Raises:
+            FileNotFoundError, ValueError: as ``from_pretrained``; the model is as it was then.
+        """
+        folder = hub.resolve(model_id, **_hub_arguments(kwargs))
+        fresh = adapter_name not in self.peft_config
+        if fresh:
+            config = PeftConfig.read(folder)
+            config.inference_mode = not is_trainable
+            self._add(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
+        try:
+            report = self._load_tensors(folder, adapter_name, key_mapping, strict, kwargs)
+        except BaseException:
+            if fresh:
+                self.base_model.delete(adapter_name)
+            raise
+        if is_trainable:
+            self.base_model.set_trainable(adapter_name, True)
+        return report
+
+    def _load_tensors(
+        self, folder: Path, name: str, key_mapping: dict[str, str] | None, strict: bool, kwargs: dict[str, Any]
+    ) -> checkpoint.LoadReport:
+        tensors = hub.renamed(checkpoint.read(folder), key_mapping)
+        report = set_peft_model_state_dict(
+            self, tensors, name, ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False), strict=strict
+        )
+        meta_to_layers(self.base_model, name)
+        if not strict and not report.clean:
+            warnings.warn(report.sentence(), stacklevel=3)
+        return report
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
+        """Save to a temporary folder and upload it; see ``huggingface_hub.upload_folder`` for the arguments."""
+        return hub.push(self, repo_id, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        card.write_card(Path(output_dir), self.peft_config, self)
+
+    # ---- the rest falls through -------------------------------------------------------------------------------------
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or name.startswith("__"):
+                raise
+            return getattr(self.base_model, name)
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Put a fresh adapter on a model; the class of the result follows ``peft_config.task_type``.
+
+    Args:
+        model: any ``nn.Module``; its layers are wrapped in place and its parameters frozen.
+        peft_config: the method and its settings.
+        adapter_name: the adapter's name.
+        mixed: accepted as the peer has it; every model here may hold adapters of different methods.
+        autocast_adapter_dtype: float32 adapters over a half-precision base (default), else the base's dtype.
+        revision: the base model's revision, recorded in the config.
+        low_cpu_mem_usage: leave the adapter's tensors on the meta device.
+
+    Raises:
+        ValueError: a config that does not fit the model; the model is as it was then.
+    """
+    from veneer.hf.tasks import task_class
+
+    if revision is not None:
+        peft_config.revision = revision
+    build = task_class(peft_config)
+    return build(
+        model,
+        peft_config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The config object for a dict with ``peft_type``."""
+    return PeftConfig.from_dict(config_dict)
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    return any(path == name or path.endswith("." + name) for path, _ in model.named_modules())
+
+
+def _require_grad(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and output.is_floating_point():
+        output.requires_grad_(True)
+
+
+def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = (
+        "subfolder",
+        "revision",
+        "token",
+        "cache_dir",
+        "force_download",
+        "local_files_only",
+        "repo_type",
+        "proxies",
+    )
+    return {k: kwargs[k] for k in names if k in kwargs}

@@ -1,0 +1,118 @@
+"""Adapter tensors under the file's keys: out of a model, into a model, off a disk."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.engine import checkpoint
+from veneer.engine.tuner import Tuner
+from veneer.hf import embeddings, hub
+
+
+def tuner_of(model: nn.Module) -> Tuner:
+    """The tuner of a PeftModel, of a tuner itself, or of a model that adapters were injected into.
+
+    Raises:
+        ValueError: the model has no adapters.
+    """
+    if isinstance(model, Tuner):
+        return model
+    inner = model.__dict__.get("_modules", {}).get("base_model")
+    if isinstance(inner, Tuner):
+        return inner
+    injected = model.__dict__.get("_veneer_tuner")
+    if injected is not None:
+        return injected[0]
+    raise ValueError(f"This {type(model).__name__} has no adapters; make it a PeftModel first.")
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: str | bool = "auto",
+) -> dict[str, Tensor]:
+    """One adapter's tensors under the keys of ``adapter_model.safetensors``.
+
+    Args:
+        model: a PeftModel, a tuner, or a model that adapters were injected into.
+        state_dict: a (gathered) state dict of the whole model to take the values from.
+        adapter_name: the adapter.
+        unwrap_compiled: accept keys with ``_orig_mod.`` in ``state_dict``.
+        save_embedding_layers: "auto", True or False; see ``veneer.hf.embeddings``.
+
+    Raises:
+        ValueError: no such adapter, or a tensor that is empty because its parts lie on other processes.
+    """
+    while unwrap_compiled and hasattr(model, "_orig_mod"):
+        model = model._orig_mod
+    tuner = tuner_of(model)
+    tuner._require(adapter_name)
+    found = checkpoint.tensors(tuner, adapter_name)
+    if state_dict is not None:
+        found = _from_whole(model, found, state_dict)
+    found |= embeddings.saved_embeddings(tuner, adapter_name, save_embedding_layers)
+    if isinstance(model, Tuner) or hasattr(model, "_veneer_tuner"):
+        own = checkpoint.SHARED_PREFIX if isinstance(model, Tuner) else checkpoint.PREFIX
+        found = {k.removeprefix(own): v for k, v in found.items()}
+    return found
+
+
+def _from_whole(model: nn.Module, found: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same keys with values of a state dict of the whole model, matched by the live tensors' identity."""
+    live = {id(v): k for k, v in model.state_dict(keep_vars=True).items()}
+    by_storage = {v.data_ptr(): live[id(v)] for v in model.state_dict(keep_vars=True).values() if v.numel()}
+    out = {}
+    for key, value in found.items():
+        name = by_storage.get(value.data_ptr())
+        out[key] = whole[name] if name in whole else value
+    return out
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+    strict: bool = False,
+) -> checkpoint.LoadReport:
+    """Put tensors under file keys into one adapter.
+
+    Returns:
+        A report with ``missing_keys`` and ``unexpected_keys``.
+
+    Raises:
+        ValueError: a mis-shaped tensor; with ``strict`` also a missing or unexpected one. Nothing is changed then.
+    """
+    tuner = tuner_of(model)
+    tensors = dict(peft_model_state_dict)
+    if isinstance(model, Tuner):
+        tensors = {
+            checkpoint.SHARED_PREFIX + k if not k.startswith("base_model.") else k: v for k, v in tensors.items()
+        }
+    elif hasattr(model, "_veneer_tuner"):
+        tensors = {checkpoint.PREFIX + k if not k.startswith("base_model.") else k: v for k, v in tensors.items()}
+    tables = embeddings.take_embeddings(tuner, adapter_name, tensors)
+    report = checkpoint.put(tuner, adapter_name, tensors, strict, ignore_mismatched_sizes)
+    embeddings.put_embeddings(tuner, tables)
+    return report
+
+
+def load_peft_weights(
+    model_id: str,
+    device: str | torch.device | None = None,
+    key_mapping: dict[str, str] | None = None,
+    **hub_kwargs: Any,
+) -> dict[str, Tensor]:
+    """The tensors of an adapter folder or hub id, under their file keys.
+
+    Raises:
+        FileNotFoundError, ValueError: see ``veneer.engine.checkpoint.read``.
+    """
+    folder = hub.resolve(model_id, **hub_kwargs)
+    return hub.renamed(checkpoint.read(folder, device or "cpu"), key_mapping)

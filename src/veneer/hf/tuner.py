@@ -1,0 +1,187 @@
+"""The tuner under the method names people know: ``LoraModel`` and its siblings are this class with a method's name."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from veneer.core import registry
+from veneer.core.config import PeftConfig
+from veneer.engine.tuner import Tuner
+from veneer.hf.architectures import default_targets
+
+
+class PeftTuner(Tuner):
+    """A model with adapters, as ``LoraModel(model, config, "default")`` makes it.
+
+    Args:
+        model: the base model; wrapped in place.
+        config: an adapter's config, or a dict name -> config, or None to add adapters later.
+        adapter_name: its name.
+        low_cpu_mem_usage: leave the adapter's tensors on the meta device until weights are loaded.
+
+    Raises:
+        ValueError: see ``Tuner.add``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: PeftConfig | dict[str, PeftConfig] | None = None,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        **kwargs: Any,
+    ):
+        super().__init__(model)
+        configs = config if isinstance(config, dict) else {adapter_name: config} if config is not None else {}
+        for name, one in configs.items():
+            self.inject(name, one, low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype)
+        if configs:
+            first = next(iter(configs))
+            self.set_active(first, trainable=not configs[first].inference_mode)
+
+    def inject(self, name: str, config: PeftConfig, *, low_cpu_mem_usage: bool = False, **kwargs: Any) -> None:
+        """``add`` after the model family's defaults were filled in."""
+        fill_defaults(self.model, config)
+        self.add(name, config, device="meta" if low_cpu_mem_usage else None, **kwargs)
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        return self.configs
+
+    @property
+    def prefix(self) -> str:
+        """What the parameter names of this method start with."""
+        kind = next(iter(self.configs.values())).peft_type if self.configs else "LORA"
+        return f"{str(kind).lower()}_"
+
+    # ---- choosing ---------------------------------------------------------------------------------------------------
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.state.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        active = list(self.state.active)
+        return active[0] if len(active) == 1 else active
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self.set_active(*names, trainable=not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.delete(adapter_name)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            self.set_trainable(name, requires_grad)
+
+    def enable_adapter_layers(self) -> None:
+        self.set_enabled(True)
+
+    def disable_adapter_layers(self) -> None:
+        self.set_enabled(False)
+
+    # ---- merging ----------------------------------------------------------------------------------------------------
+    def merge_adapter(
+        self, adapter_names: Iterable[str] | None = None, safe_merge: bool = True, keep: Any = None
+    ) -> None:
+        """Merge in place; undone by ``unmerge_adapter``. ``keep="cpu"`` parks the original weights there meanwhile."""
+        self.merge(*(adapter_names or ()), check=safe_merge, keep=keep)
+
+    def unmerge_adapter(self) -> None:
+        self.unmerge()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+    ) -> nn.Module:
+        """The base model with the adapters' effect in its weights; see ``Tuner.unload``."""
+        return self._without_marks(self.unload(merge=True, names=adapter_names, check=safe_merge))
+
+    def _without_marks(self, model: nn.Module) -> nn.Module:
+        for mark in ("peft_config", "_hf_peft_config_loaded"):
+            model.__dict__.pop(mark, None)
+        return model
+
+    def get_model_config(self, model: nn.Module) -> dict[str, Any]:
+        config = getattr(model, "config", {"model_type": "custom"})
+        return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or name.startswith("__"):
+                raise
+            return getattr(self.model, name)
+
+
+def fill_defaults(model: nn.Module, config: PeftConfig) -> None:
+    """Set the target modules that this model family is adapted at by default, where the config names none.
+
+    Raises:
+        ValueError: an unknown family, with what to set.
+    """
+    if not hasattr(config, "target_modules") or config.target_modules is not None:
+        return
+    if getattr(config, "target_parameters", None):
+        return
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    found = default_targets(str(config.peft_type), model_type) if model_type else None
+    if found is None:
+        raise ValueError(
+            f"Please specify target_modules: there is no default for {config.peft_type} on the model type "
+            f"'{model_type}'. For example target_modules='all-linear', or a list of layer names from model.named_modules()."
+        )
+    config.target_modules = set(found) if not isinstance(found, str) else found
+
+
+TUNER_NAMES = {
+    "LORA": "LoraModel", "ADALORA": "AdaLoraModel", "ADAMSS": "AdamssModel", "ADAPTION_PROMPT": "AdaptionPromptModel",
+    "BOFT": "BOFTModel", "BEFT": "BeftModel", "C3A": "C3AModel", "DEFT": "DeftModel", "DELORA": "DeloraModel",
+    "FOURIERFT": "FourierFTModel", "FROD": "FrodModel", "GLORA": "GloraModel", "GRALORA": "GraloraModel",
+    "HRA": "HRAModel", "HIRA": "HiraModel", "IA3": "IA3Model", "LN_TUNING": "LNTuningModel", "LILY": "LilyModel",
+    "LOHA": "LoHaModel", "LOKR": "LoKrModel", "MISS": "MissModel", "OFT": "OFTModel", "OSF": "OSFModel",
+    "PEANUT": "PeanutModel", "POLY": "PolyModel", "PSOFT": "PsoftModel", "PVERA": "PveraModel",
+    "RANDLORA": "RandLoraModel", "ROAD": "RoadModel", "SHADOW": "ShadowModel", "SHIRA": "ShiraModel",
+    "SUPERTUNING": "SupertuningModel", "TINYLORA": "TinyLoraModel", "TRAINABLE_TOKENS": "TrainableTokensModel",
+    "UNILORA": "UniLoraModel", "VBLORA": "VBLoRAModel", "VERA": "VeraModel", "WAVEFT": "WaveFTModel", "XLORA": "XLoraModel",
+}  # fmt: skip
+
+
+@functools.cache
+def tuner_class(peft_type: str) -> type[PeftTuner]:
+    """The class under a method's own name (``LoraModel`` for ``"LORA"``)."""
+    name = TUNER_NAMES.get(peft_type, PeftTuner.__name__)
+    return (
+        PeftTuner
+        if name == "PeftTuner"
+        else type(name, (PeftTuner,), {"__doc__": PeftTuner.__doc__, "__module__": __name__})
+    )
+
+
+def __getattr__(name: str) -> Any:
+    for peft_type, known in TUNER_NAMES.items():
+        if known == name:
+            if peft_type not in registry.METHODS:
+                raise AttributeError(f"{name} stands for the method {peft_type}, which is not built in yet.")
+            return tuner_class(peft_type)
+    raise AttributeError(f"module {__name__} has no attribute {name}")
+
+
+def meta_to_layers(tuner: Tuner, name: str) -> None:
+    """Give tensors that are still on the meta device real, empty storage where their layer is."""
+    for host in tuner.hosts(name):
+        for module in host.adapters[name].modules():
+            for table in (module._parameters, module._buffers):
+                for key, value in table.items():
+                    if value is not None and value.device.type == "meta":
+                        empty = torch.empty_like(value, device=host.site.device)
+                        table[key] = (
+                            nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
+                        )

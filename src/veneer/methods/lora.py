@@ -1,0 +1,293 @@
+"""LoRA: Low-Rank Adaptation (Hu et al., 2021, arXiv:2106.09685); rsLoRA (Kalajdzievski, 2023, arXiv:2312.03732).
+
+    W' = W + s B A        A (r, in), B (out, r), s = alpha / r, or alpha / sqrt(r) for rsLoRA
+
+A starts Kaiming-uniform and B at zero, so the start is the base model. On a convolution A has the layer's own geometry
+and B is 1x1; on an embedding A and B are tables, dW = (B A)^T; on a stack of E expert matrices A is (E r, in),
+expert-major, and B (out, r E) with the expert index running fastest. Cost: 6 N r (in + out) FLOPs a training step
+for N tokens, against the frozen layer's 4 N in out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.adapter import Additive
+from veneer.core.config import LayerConfig, newer
+from veneer.core.registry import method
+from veneer.core.sites import Site
+from veneer.methods import lora_options as options
+from veneer.ops.lowrank import lowrank
+
+
+@dataclass
+class LoraConfig(LayerConfig):
+    """Settings of LoRA and its variants, with the peer's field names and defaults.
+
+    Raises:
+        ValueError: options that exclude each other.
+        TypeError: a nested config that is neither its class nor a dict.
+        NotImplementedError: at ``get_peft_model``, an option whose method is not built in.
+    """
+
+    r: int = 8
+    lora_alpha: int = 8
+    lora_dropout: float = 0.0
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    use_rslora: bool = newer(False)
+    init_lora_weights: bool | str = True
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, int] = field(default_factory=dict)
+    megatron_config: dict | None = newer()
+    megatron_core: str | None = newer("megatron.core")
+    loftq_config: options.LoftQConfig | dict = newer({})
+    eva_config: options.EvaConfig | None = newer()
+    corda_config: options.CordaConfig | None = newer()
+    lora_ga_config: options.LoraGAConfig | None = newer()
+    use_dora: bool = newer(False)
+    velora_config: options.VeloraConfig | None = newer()
+    monteclora_config: options.MontecloraConfig | None = newer()
+    kasa_config: options.KasaConfig | None = newer()
+    use_bdlora: options.BdLoraConfig | None = newer()
+    arrow_config: options.ArrowConfig | None = newer()
+    alora_invocation_tokens: list[int] | None = newer()
+    use_qalora: bool = newer(False)
+    qalora_group_size: int = newer(16)
+    layer_replication: list[tuple[int, int]] | None = newer()
+    runtime_config: options.LoraRuntimeConfig = field(
+        default_factory=options.LoraRuntimeConfig, metadata={"never_saved": True}
+    )
+    lora_bias: bool = newer(False)
+
+    type: ClassVar[str | None] = "LORA"
+    patterns: ClassVar[dict[str, str]] = {"rank_pattern": "r", "alpha_pattern": "lora_alpha"}
+    nested: ClassVar[dict[str, type]] = options.NESTED
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_bias and (self.init_lora_weights not in (True, False) or self.use_dora):
+            raise ValueError("lora_bias=True works with init_lora_weights True or False only, and not with use_dora.")
+        if self.init_lora_weights == "loftq" and not self.loftq_config:
+            raise ValueError("init_lora_weights='loftq' needs loftq_config=LoftQConfig(...).")
+        if self.use_dora and self.megatron_config:
+            raise ValueError("use_dora=True does not work with megatron_config.")
+
+    def check(self) -> None:
+        """Refuse what cannot be honoured, before anything is planted."""
+        ranks = [self.r, *self.rank_pattern.values()]
+        for r in ranks:
+            if not isinstance(r, int) or r <= 0:
+                raise ValueError(f"r must be a positive integer, not {r!r}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}.")
+        chosen = [f for f in VARIANTS_BY_FIELD if getattr(self, f)]
+        unbuilt = [f for f in chosen if f not in Lora.variants]
+        if unbuilt:
+            raise NotImplementedError(
+                f"LoraConfig({unbuilt[0]}=...) asks for {VARIANTS_BY_FIELD[unbuilt[0]]}, which is not built in yet."
+            )
+        if self.layer_replication and not self.replicates:
+            raise NotImplementedError("LoraConfig(layer_replication=...) is not built in yet.")
+        if self.megatron_config:
+            raise NotImplementedError(
+                "LoraConfig(megatron_config=...) asks for Megatron's parallel layers, which are not built in yet."
+            )
+        start = self.init_lora_weights
+        family = start.split("_niter_")[0] if isinstance(start, str) else "gaussian"
+        if family in KNOWN_STARTS and family not in STARTS:
+            raise NotImplementedError(f"init_lora_weights='{start}' is not built in yet.")
+        if family != "gaussian" and family not in STARTS:
+            known = ", ".join(["gaussian", *sorted(STARTS)])
+            raise ValueError(f"Unknown init_lora_weights '{start}'; known are True, False, {known}.")
+
+    replicates: ClassVar[bool] = False
+    """Set by the module that builds ``layer_replication``."""
+
+    @property
+    def scaling(self) -> float:
+        """s, for this rank and alpha."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+
+VARIANTS_BY_FIELD = {
+    "use_dora": "DoRA (arXiv:2402.09353)",
+    "use_qalora": "QA-LoRA (arXiv:2309.14717)",
+    "alora_invocation_tokens": "aLoRA (arXiv:2504.12397)",
+    "kasa_config": "KaSA (arXiv:2412.06071)",
+    "velora_config": "VeLoRA (arXiv:2405.17991)",
+    "monteclora_config": "MonteCLoRA (arXiv:2411.04358)",
+    "use_bdlora": "BD-LoRA (arXiv:2510.23346)",
+    "arrow_config": "Arrow routing (arXiv:2405.11157)",
+}
+KNOWN_STARTS = ("pissa", "olora", "milora", "mica", "orthogonal", "loftq", "eva", "corda", "lora_ga")
+
+Start = Callable[["Lora", LoraConfig], None]
+STARTS: dict[str, Start] = {}
+"""Name of a start -> what sets A and B (and may ``rebase``). Modules of starts add to it with ``start``."""
+
+
+def start(name: str) -> Callable[[Start], Start]:
+    """Register a start for ``init_lora_weights=name``."""
+
+    def enter(function: Start) -> Start:
+        STARTS[name] = function
+        return function
+
+    return enter
+
+
+@method("LORA", LoraConfig)
+class Lora(Additive):
+    """``y = base(x) + s B A drop(x)`` on linear and convolutional layers, through the layer kind's own factors."""
+
+    stacks = True
+    variants: ClassVar[dict[str, type[Lora]]] = {}
+    """Config field -> the class that serves it; a variant announces itself with ``Lora.variant``."""
+
+    @classmethod
+    def variant(cls, field_name: str) -> Callable[[type], type]:
+        """Have the decorated class serve configs whose ``field_name`` is set."""
+
+        def enter(build: type) -> type:
+            cls.variants[field_name] = build
+            return build
+
+        return enter
+
+    @classmethod
+    def on(cls, site: Site, config: LoraConfig, shared: nn.Module | None = None) -> Additive:
+        chosen = [f for f in cls.variants if getattr(config, f)]
+        if len(chosen) > 1:
+            raise ValueError(f"LoraConfig sets both {' and '.join(chosen)}; at most one variant fits a layer.")
+        build = cls.variants[chosen[0]] if chosen else cls
+        if build is not cls and build.on.__func__ is not cls.on.__func__:
+            return build.on(site, config, shared)
+        if site.kind == "embedding":
+            build = _kind(build, "embedding", LoraEmbedding, site)
+        elif site.kind == "parameter":
+            build = _kind(build, "parameter", LoraWeight, site)
+        elif site.kind == "opaque":
+            return super().on(site, config, shared)
+        return build.build(site, config, shared)
+
+    def __init__(self, site: Site, config: LoraConfig):
+        super().__init__(site, config)
+        self.r, self.lora_alpha, self.scaling = config.r, config.lora_alpha, config.scaling
+        self.lora_dropout = nn.Dropout(config.lora_dropout)
+        self.make_factors(site, config)
+        self.start(config)
+
+    def make_factors(self, site: Site, config: LoraConfig) -> None:
+        self.lora_A, self.lora_B = site.factors(config.r)
+        if config.lora_bias:
+            self.lora_B.bias = nn.Parameter(torch.zeros(site.out_features))
+
+    def start(self, config: LoraConfig) -> None:
+        how = config.init_lora_weights
+        self.reset(how)
+        family = how.split("_niter_")[0] if isinstance(how, str) else None
+        if family in STARTS:
+            STARTS[family](self, config)
+
+    def reset(self, how: bool | str = True) -> None:
+        """Draw A and B: True Kaiming and zero, "gaussian" N(0, 1/r) and zero, False both Kaiming."""
+        a, b = self.lora_A.weight, self.lora_B.weight
+        if how == "gaussian":
+            nn.init.normal_(a, std=1 / self.r)
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if how is False:
+            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+            if self.lora_B.bias is not None:
+                nn.init.uniform_(self.lora_B.bias, -1 / math.sqrt(self.r), 1 / math.sqrt(self.r))
+        else:
+            nn.init.zeros_(b)
+
+    def delta(self, x: Tensor) -> Tensor:
+        if self.site.kernel:
+            return self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
+        p = self.lora_dropout.p if self.training else 0.0
+        return lowrank(x, self.lora_A.weight, self.lora_B.weight, self.scaling, p, self.lora_B.bias)
+
+    def delta_weight(self) -> Tensor:
+        a, b = self.lora_A.weight, self.lora_B.weight
+        if not self.site.kernel:
+            return self.scaling * (b @ a)
+        groups = self.lora_A.groups
+        if groups != self.site.groups:
+            raise ValueError(
+                f"LoRA at '{self.site.path}' has rank {self.r}, which its {self.site.groups} groups do not divide, so its delta "
+                "mixes the groups and cannot be merged; choose a rank that is a multiple of the groups."
+            )
+        a = a.reshape(groups, self.r // groups, -1)  # (g, r/g, in/g * kernel)
+        b = b.reshape(groups, -1, self.r // groups)  # (g, out/g, r/g)
+        return self.scaling * (b @ a).reshape(self.site.shape)
+
+    def delta_bias(self) -> Tensor | None:
+        return None if self.lora_B.bias is None else self.scaling * self.lora_B.bias
+
+
+class LoraEmbedding(Lora):
+    """LoRA on an embedding: rows ``s B A[:, id]``, times the layer's own scale; keys without ``.weight``."""
+
+    def make_factors(self, site: Site, config: LoraConfig) -> None:
+        if config.lora_bias:
+            raise ValueError(
+                f"lora_bias=True is not defined for the embedding '{site.path}'; exclude it or turn it off."
+            )
+        self.lora_embedding_A = nn.Parameter(torch.empty(config.r, site.in_features))
+        self.lora_embedding_B = nn.Parameter(torch.empty(site.out_features, config.r))
+
+    def reset(self, how: bool | str = True) -> None:
+        nn.init.zeros_(self.lora_embedding_A)
+        nn.init.normal_(self.lora_embedding_B)
+        if how is False:
+            nn.init.normal_(self.lora_embedding_A)
+
+    def delta(self, x: Tensor) -> Tensor:
+        y = self.site.lookup(x, self.lora_embedding_A.T) @ self.lora_embedding_B.T
+        return y * (self.scaling * self.site.scale)
+
+    def delta_weight(self) -> Tensor:
+        return self.scaling * (self.lora_embedding_B @ self.lora_embedding_A)
+
+    def delta_bias(self) -> None:
+        return None
+
+
+class LoraWeight(Lora):
+    """LoRA on a bare parameter, or on a stack of E of them: A (E r, in) expert-major, B (out, r E) expert-fastest."""
+
+    def make_factors(self, site: Site, config: LoraConfig) -> None:
+        if config.lora_dropout or config.lora_bias:
+            option = "lora_dropout" if config.lora_dropout else "lora_bias"
+            raise ValueError(
+                f"{option} cannot act on the bare parameter '{site.path}', whose input is out of reach; turn it off."
+            )
+        self.lora_A, self.lora_B = site.factors(config.r * (site.stack or 1))
+
+    def delta_weight(self) -> Tensor:
+        a, b, stack = self.lora_A.weight, self.lora_B.weight, self.site.stack
+        if stack is None:
+            return self.scaling * (b @ a)
+        a = a.reshape(stack, self.r, -1)  # (E, r, in)
+        b = b.reshape(b.shape[0], self.r, stack)  # (out, r, E)
+        return self.scaling * torch.einsum("ore,eri->eoi", b, a)
+
+
+def _kind(build: type[Lora], kind: str, plain: type[Lora], site: Site) -> type[Lora]:
+    if build is Lora:
+        return plain
+    own = getattr(build, kind, None)
+    if own is None:
+        raise ValueError(
+            f"{build.__name__} is not defined for the {kind} '{site.path}'; exclude it or choose plain LoRA."
+        )
+    return own

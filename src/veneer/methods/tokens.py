@@ -1,0 +1,147 @@
+"""Trainable tokens: chosen rows of an embedding (and of a head tied to it) are replaced by trained ones.
+
+W'[rows] = theta        theta (n, dim), starting as a copy of W[rows]; all other rows stay untouched
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter, Base, Weight
+from veneer.core.config import LayerConfig
+from veneer.core.registry import auxiliary, method
+from veneer.core.sites import EmbeddingSite, LinearSite, Site, sites_for
+from veneer.methods.bias import originals
+
+
+@dataclass
+class TrainableTokensConfig(LayerConfig):
+    """Which rows train. ``target_modules`` defaults to the model's input embedding."""
+
+    token_indices: list[int] = field(default_factory=list)
+    init_weights: bool = True
+
+    type: ClassVar[str | None] = "TRAINABLE_TOKENS"
+
+    def check(self) -> None:
+        """Refuse an empty list of rows."""
+        if not self.token_indices:
+            raise ValueError("TrainableTokensConfig.token_indices is empty; name the rows that are to be trained.")
+
+
+@method("TRAINABLE_TOKENS", TrainableTokensConfig)
+class TrainableTokens(Adapter):
+    """Trained rows of one weight: of an embedding's table, or of a linear layer's outputs."""
+
+    @classmethod
+    def on(cls, site: Site, config: Any, shared: nn.Module | None = None) -> Adapter:
+        if not isinstance(site, EmbeddingSite | LinearSite):
+            raise ValueError(
+                f"Trainable tokens need an embedding or a linear layer; '{site.path}' is a {type(site.module).__name__}."
+            )
+        return cls(site, config.token_indices, config.init_weights)
+
+    def __init__(self, site: Site, indices: Sequence[int], copy_rows: bool = True):
+        super().__init__(site, None)
+        embedding = isinstance(site, EmbeddingSite)
+        count = site.in_features if embedding else site.out_features
+        bad = [i for i in indices if not 0 <= i < count]
+        if bad or len(set(indices)) != len(indices):
+            raise ValueError(
+                f"Token indices of '{site.path}' must be distinct and in [0, {count}); got {bad or list(indices)}."
+            )
+        table = site.weight.T if embedding else site.weight
+        rows = table.detach()[list(indices)].clone().contiguous()
+        self.trainable_tokens_delta = nn.Parameter(rows if copy_rows else torch.randn_like(rows))
+        place = torch.full((count,), -1)
+        place[list(indices)] = torch.arange(len(indices))
+        self.register_buffer("place", place, persistent=False)
+        self.register_buffer("indices", torch.tensor(list(indices)), persistent=False)
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        y = base(x)
+        theta = self.trainable_tokens_delta
+        if isinstance(self.site, EmbeddingSite):
+            place = self.place[x]  # -1 where the row is not trained
+            rows = theta[place.clamp(min=0)] * self.site.scale
+            return torch.where((place >= 0).unsqueeze(-1), rows.to(y.dtype), y)
+        new = nn.functional.linear(x.to(theta.dtype), theta)
+        if self.site.bias is not None:
+            new = new + self.site.bias[self.indices]
+        return y.index_copy(-1, self.indices, new.to(y.dtype))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> Weight:
+        theta = self.trainable_tokens_delta.to(weight)
+        if isinstance(self.site, EmbeddingSite):
+            return weight.index_copy(1, self.indices, theta.T), bias
+        return weight.index_copy(0, self.indices, theta), bias
+
+
+class TiedTokens(TrainableTokens):
+    """The same trained rows at a head that shares the embedding's weight; owns nothing."""
+
+    def __init__(self, site: Site, leader: TrainableTokens):
+        Adapter.__init__(self, site, None)
+        object.__setattr__(self, "leader", leader)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("trainable_tokens_delta", "place", "indices"):
+            return getattr(self.__dict__["leader"], name)
+        return super().__getattr__(name)
+
+
+@auxiliary("trainable_token_indices")
+class TokensBesides(TrainableTokens):
+    """``trainable_token_indices`` of any method: a list for the input embedding, or module name -> list."""
+
+    @classmethod
+    def sites(cls, model: nn.Module, config: Any, own: Sequence[Site], find_named: Callable) -> list[Site]:
+        """The named embeddings, and the layers tied to each of them."""
+        wanted = config.trainable_token_indices
+        if not isinstance(wanted, dict):
+            wanted = {_input_embedding(model): wanted}
+        sites: list[Site] = []
+        for name, indices in wanted.items():
+            for target in find_named(model, [name], what="trainable_token_indices"):
+                site = sites_for(target.path, target.module)[0]
+                site.tokens, site.below = list(indices), "token_adapter"  # type: ignore[attr-defined]
+                sites.append(site)
+                weight = getattr(target.module, "weight", None)
+                for path, module in originals(model):
+                    if (
+                        module is not target.module
+                        and module._parameters.get("weight") is weight
+                        and weight is not None
+                    ):
+                        follower = sites_for(path, module)[0]
+                        follower.leader = site  # type: ignore[attr-defined]
+                        sites.append(follower)
+        return sites
+
+    @classmethod
+    def on(cls, site: Site, config: Any, shared: nn.Module | None = None) -> Adapter:
+        leader = getattr(site, "leader", None)
+        if leader is not None:
+            return TiedTokens(site, leader.adapter)
+        adapter = cls(site, site.tokens)  # type: ignore[attr-defined]
+        site.adapter = adapter  # type: ignore[attr-defined]
+        return adapter
+
+
+def _input_embedding(model: nn.Module) -> str:
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    for path, module in originals(model):
+        if (
+            module is table
+            or (table is None and isinstance(module, nn.Embedding))
+            or getattr(table, "base_layer", None) is module
+        ):
+            return path
+    raise ValueError(
+        "trainable_token_indices was given as a list, but the model has no input embedding; give a dict of names."
+    )

@@ -1,0 +1,260 @@
+"""What every method guarantees at every layer kind it sits at, run over the whole table."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from laws.kinds import ALL, KINDS
+from laws.table import Row, rows
+
+import veneer.methods  # noqa: F401 - enters the methods into the registry
+from veneer.core.config import PeftConfig
+from veneer.engine import checkpoint
+from veneer.engine.tuner import Tuner
+
+ROWS = rows()
+CASES = [pytest.param(row, kind, id=f"{row.name}-{kind}") for row in ROWS for kind in sorted(row.tested or row.kinds)]
+REFUSED = [
+    pytest.param(row, kind, id=f"{row.name}-{kind}")
+    for row in ROWS
+    for kind in sorted(ALL - row.kinds)
+    if not row.tested
+]
+EVERY = pytest.mark.parametrize(("row", "kind"), CASES)
+
+
+def config_for(row: Row, kind: str) -> PeftConfig:
+    return row.make(**KINDS[kind].targets)
+
+
+def base_model(kind: str, dtype: torch.dtype = torch.float32) -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(0)
+    model = KINDS[kind].build().eval().to(dtype)
+    model.requires_grad_(False)
+    x = KINDS[kind].inputs()
+    return model, x.to(dtype) if x.is_floating_point() else x
+
+
+def planted(
+    row: Row, kind: str, dtype: torch.dtype = torch.float32, names: tuple[str, ...] = ("a",)
+) -> tuple[Tuner, torch.Tensor]:
+    """A tuner whose adapters all have random (small) trained values; the first is active."""
+    model, x = base_model(kind, dtype)
+    tuner = Tuner(model)
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed + 1)
+        tuner.add(name, config_for(row, kind))
+        randomise(tuner, name, seed)
+    tuner.set_active(names[0])
+    return tuner.eval(), x
+
+
+def randomise(tuner: Tuner, name: str, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed + 100)
+    fixed = {id(p) for _, a in tuner.adapters(name) for n, p in a.named_parameters() if n in a.fixed}
+    modules = [a for _, a in tuner.adapters(name)] + ([tuner.shared[name]] if name in tuner.shared else [])
+    with torch.no_grad():
+        for module in modules:
+            for parameter in module.parameters():
+                if id(parameter) not in fixed and parameter.is_floating_point():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a, b)
+
+
+def near(a: torch.Tensor, b: torch.Tensor, tolerance: float) -> bool:
+    return bool((a.detach() - b.detach()).abs().max() <= tolerance * max(1.0, float(b.detach().abs().max())))
+
+
+@EVERY
+def test_start_is_the_base(row: Row, kind: str) -> None:
+    model, x = base_model(kind)
+    expected = model(x)
+    torch.manual_seed(1)
+    tuner = Tuner(model)
+    tuner.add("a", config_for(row, kind))
+    tuner.set_active("a")
+    y = tuner.eval()(x)
+    assert y.dtype == expected.dtype
+    if row.zero_start:
+        assert near(y, expected, row.start_tolerance or 1e-6)
+    else:
+        assert not near(y, expected, 1e-7)
+
+
+@EVERY
+def test_trained_changes_the_output_and_off_is_the_base(row: Row, kind: str) -> None:
+    expected = base_model(kind)[0](base_model(kind)[1])
+    tuner, x = planted(row, kind)
+    assert not near(tuner(x), expected, 1e-6)
+    with tuner.disabled():
+        assert same(tuner(x), expected)
+    tuner.set_active()
+    assert same(tuner(x), expected)
+
+
+@EVERY
+def test_merge_equals_forward_and_unmerge_restores_the_objects(row: Row, kind: str) -> None:
+    tuner, x = planted(row, kind)
+    layer = [h.site.module for h in tuner.hosts()]
+    before = [dict(m.named_parameters()) for m in layer]
+    bits = [{k: p.clone() for k, p in d.items()} for d in before]
+    y = tuner(x)
+    if not row.merges_at(kind):
+        with pytest.raises(ValueError, match=r"merge"):
+            tuner.merge()
+    else:
+        tuner.merge()
+        assert near(tuner(x), y, row.tolerance)
+        with tuner.disabled():
+            assert same(tuner(x), base_model(kind)[0](x))
+        tuner.unmerge()
+    assert same(tuner(x), y)
+    for module, old, values in zip(layer, before, bits, strict=True):
+        now = dict(module.named_parameters())
+        assert all(now[k] is old[k] and same(now[k], values[k]) for k in old)
+
+
+@EVERY
+def test_unload_leaves_no_trace(row: Row, kind: str) -> None:
+    fresh, x = base_model(kind)
+    expected, modules = fresh(x), {n: type(m) for n, m in fresh.named_modules()}
+    tuner, _ = planted(row, kind)
+    y = tuner(x)
+    bare = copy.deepcopy(tuner).unload()
+    assert {n: type(m) for n, m in bare.named_modules()} == modules
+    assert bare.state_dict().keys() == fresh.state_dict().keys()
+    assert same(bare(x), expected)
+    if row.merges_at(kind):
+        merged = tuner.unload(merge=True)
+        assert merged.state_dict().keys() >= fresh.state_dict().keys()
+        assert near(merged(x), y, row.tolerance)
+
+
+@EVERY
+def test_saved_and_loaded_is_the_same(row: Row, kind: str, tmp_path) -> None:
+    tuner, x = planted(row, kind)
+    tensors = checkpoint.tensors(tuner, "a")
+    assert tensors and all(not k.split(".")[-1].startswith("a.") for k in tensors)
+    checkpoint.write(tmp_path, tensors)
+    tuner.configs["a"].write(tmp_path)
+    model, _ = base_model(kind)
+    again = Tuner(model)
+    torch.manual_seed(77)
+    again.add("other", PeftConfig.read(tmp_path))
+    report = checkpoint.put(again, "other", checkpoint.read(tmp_path))
+    assert report.clean and report.loaded
+    again.set_active("other")
+    assert near(again.eval()(x), tuner(x), 1e-6)
+    assert checkpoint.tensors(again, "other").keys() == tensors.keys()
+
+
+@EVERY
+def test_gradients_only_where_they_belong(row: Row, kind: str) -> None:
+    tuner, x = planted(row, kind, names=("a", "b"))
+    tuner(x).square().sum().backward()
+    own = {id(p) for _, a in tuner.adapters("a") for p in a.parameters()}
+    own |= {id(p) for p in tuner.shared["a"].parameters()} if "a" in tuner.shared else set()
+    for name, parameter in tuner.named_parameters():
+        if id(parameter) not in own:
+            assert parameter.grad is None and not parameter.requires_grad, name
+        elif parameter.requires_grad and not name.endswith(row.gradient_free or ("<none>",)):
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert any(p.requires_grad for p in tuner.parameters())
+
+
+@EVERY
+def test_two_adapters_do_not_see_each_other(row: Row, kind: str) -> None:
+    alone, x = planted(row, kind)
+    both, _ = planted(row, kind, names=("a", "b"))
+    assert near(both(x), alone(x), 1e-6)
+    assert checkpoint.tensors(both, "a").keys() == checkpoint.tensors(both, "b").keys()
+    y = both(x)
+    both.delete("b")
+    assert same(both(x), y)
+    both.rename("a", "c")
+    assert same(both(x), y)
+
+
+@EVERY
+def test_rows_of_a_mixed_batch_equal_each_alone(row: Row, kind: str) -> None:
+    tuner, x = planted(row, kind, names=("a", "b"))
+    if any(h.adapters[n].residual is not None for n in ("a", "b") for h in tuner.hosts(n)):
+        with pytest.raises(ValueError, match="batch"):
+            tuner.route(["a", "b", "__base__", "a"])
+        return
+    each = {}
+    for name in ("a", "b"):
+        tuner.set_active(name)
+        each[name] = tuner(x)
+    with tuner.disabled():
+        each["__base__"] = tuner(x)
+    names = ["a", "b", "__base__", "a"]
+    tuner.route(names)
+    mixed = tuner(x)
+    tuner.route(None)
+    for i, name in enumerate(names):
+        assert near(mixed[i], each[name][i], 1e-5), name
+
+
+@EVERY
+def test_deep_copy_and_pickle_are_independent_twins(row: Row, kind: str) -> None:
+    tuner, x = planted(row, kind)
+    y = tuner(x)
+    for twin in (copy.deepcopy(tuner), pickle.loads(pickle.dumps(tuner))):
+        assert same(twin(x), y)
+        assert twin.state is not tuner.state and all(h.state is twin.state for h in twin.hosts())
+        with twin.disabled():
+            assert same(tuner(x), y)
+
+
+@EVERY
+def test_half_precision_base_keeps_its_dtype(row: Row, kind: str) -> None:
+    tuner, x = planted(row, kind, torch.bfloat16)
+    y = tuner(x)
+    assert y.dtype == torch.bfloat16 and torch.isfinite(y).all()
+    reference, x32 = planted(row, kind)
+    assert near(y.float(), reference(x32), 0.15)
+    if row.merges_at(kind):
+        tuner.merge()
+        assert near(tuner(x).float(), y.float(), 0.1)
+
+
+@EVERY
+def test_checkpointed_gradients_equal(row: Row, kind: str) -> None:
+    def gradients(checkpointed: bool) -> list[torch.Tensor]:
+        tuner, x = planted(row, kind)
+        tuner.train()
+        torch.manual_seed(5)
+        run = (lambda v: torch.utils.checkpoint.checkpoint(tuner, v, use_reentrant=False)) if checkpointed else tuner
+        run(x).square().sum().backward()
+        return [p.grad for p in tuner.parameters() if p.grad is not None]
+
+    plain, again = gradients(False), gradients(True)
+    assert len(plain) == len(again) and all(near(a, b, 1e-6) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize(("row", "kind"), REFUSED)
+def test_a_layer_it_cannot_sit_at_is_refused_before_anything_changes(row: Row, kind: str) -> None:
+    model, x = base_model(kind)
+    expected = model(x)
+    tuner = Tuner(model)
+    with pytest.raises((ValueError, NotImplementedError)) as error:
+        tuner.add("a", config_for(row, kind))
+    assert len(str(error.value).split()) > 6
+    assert not tuner.configs and same(tuner(x), expected)
+
+
+@pytest.mark.slow
+@EVERY
+def test_compiles_into_one_graph(row: Row, kind: str) -> None:
+    torch._dynamo.reset()
+    tuner, x = planted(row, kind)
+    y = tuner(x)
+    compiled = torch.compile(tuner, backend="eager", fullgraph=True)
+    assert near(compiled(x), y, 1e-5)
