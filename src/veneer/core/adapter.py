@@ -36,6 +36,8 @@ class Adapter(nn.Module):
     """Its tensors stay in the layer's own dtype (copies of the layer's parameters)."""
     whole_modules: ClassVar[bool] = False
     """The method takes its targets as whole modules, whatever their kind."""
+    wants: ClassVar[frozenset[str]] = frozenset()
+    """Names of the model's inputs (``attention_mask``, ``task_ids``, ...) that ``site.inputs`` must hold in each call."""
     fixed: frozenset[str] = frozenset()
     """Names of own parameters that are saved but never trained."""
     residual: Parameters | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -43,6 +44,8 @@ class Tuner(nn.Module):
         self._frozen: set[str] = set()
         self._was_trainable: list[nn.Parameter] = []
         self._merged_hosts: list[Adapted] = []
+        self._wanted: frozenset[str] = frozenset()
+        self._hook: Any = None
         self._split_hosts: list[Adapted] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +103,7 @@ class Tuner(nn.Module):
             self._plant(name, site, placed)
         self.configs[name] = config
         self._train(name, False)
+        self._watch()
         return own
 
     def _sites(self, config: PeftConfig, build: type[Adapter], only: set[str] | None) -> list[Site]:
@@ -128,6 +132,26 @@ class Tuner(nn.Module):
             shared = build.plan(config, sites)
             pairs += [(site, build.on(site, config, shared)) for site in sites]
         return pairs
+
+    def _watch(self) -> None:
+        """Keep one hook on the model that copies the inputs adapters ask for, as long as any does."""
+        wanted = {w for host in self._all_hosts() for a in host.adapters.values() for w in a.wants}
+        wanted |= {w for prompt in self.prompts.values() for w in getattr(prompt, "wants", ())}
+        self.inputs.clear()
+        self._wanted = frozenset(wanted)
+        if wanted and self._hook is None:
+            self._hook = self.model.register_forward_pre_hook(self._take_inputs, with_kwargs=True)
+        elif not wanted and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _take_inputs(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        accepted = inspect.signature(model.forward).parameters
+        given = dict(zip(accepted, args, strict=False)) | kwargs
+        self.inputs.clear()
+        self.inputs.update({name: given.get(name) for name in self._wanted})
+        own = {n for n in self._wanted if n not in accepted}
+        return args, {k: v for k, v in kwargs.items() if k not in own}
 
     def _plant(self, name: str, site: Site, adapter: Adapter) -> None:
         parent, leaf = self._parent(site.path)
@@ -214,6 +238,7 @@ class Tuner(nn.Module):
         self._training.discard(name)
         self._frozen.discard(name)
         self.state.gains.pop(name, None)
+        self._watch()
 
     def _unwrap(self, host: Adapted) -> None:
         parent, leaf = self._parent(host.site.path)
@@ -288,6 +313,7 @@ class Tuner(nn.Module):
             parameter.requires_grad_(True)
         self._hosts, self.configs, self._merged_hosts, self._split_hosts = {}, {}, [], []
         self.shared, self.prompts = nn.ModuleDict(), nn.ModuleDict()
+        self._watch()
         return self.model
 
     # ---- walking ----------------------------------------------------------------------------------------------------
