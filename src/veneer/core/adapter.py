@@ -37,7 +37,7 @@ class Adapter(nn.Module):
     whole_modules: ClassVar[bool] = False
     """The method takes its targets as whole modules, whatever their kind."""
     wants: ClassVar[frozenset[str]] = frozenset()
-    """Names of the model's inputs (``attention_mask``, ``task_ids``, ...) that ``site.inputs`` must hold in each call."""
+    """Names of the model's inputs (``attention_mask``, ``task_ids``, ...) that ``site.inputs`` is to hold."""
     fixed: frozenset[str] = frozenset()
     """Names of own parameters that are saved but never trained."""
     residual: Parameters | None = None

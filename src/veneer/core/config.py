@@ -105,7 +105,7 @@ class PeftConfig(metaclass=_Checked):
             raise TypeError(f"{name} must be a {cls.__name__} or a dict, not {type(value).__name__}.")
         return value
 
-    def check(self) -> None:  # noqa: B027
+    def check(self) -> None:
         """Refuse settings that cannot work; called before an adapter is made. Override to add a method's rules."""
 
     # ---- one layer's settings -------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class PeftConfig(metaclass=_Checked):
 
 @dataclass
 class LayerConfig(PeftConfig):
-    """Settings of methods that sit at layers: where to sit, what else to train. The engine honours them for every method."""
+    """Settings of methods that sit at layers: where to sit, what else to train. The engine serves them all."""
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = newer()

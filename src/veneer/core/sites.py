@@ -188,7 +188,7 @@ class ConvSite(Site):
         return self.module._conv_forward(x, weight, bias)
 
     def factors(self, rank):
-        """Down: this layer's own geometry to ``rank`` channels; up: 1x1. With groups, each group has its own factors."""
+        """Down: this layer's own geometry to ``rank`` channels; up: 1x1. Each group has its own factors."""
         conv, m = type(self.module), self.module
         plain = (
             {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[self.dims]

@@ -40,8 +40,8 @@ class State:
             times, rest = divmod(batch, len(self.route))
             if rest or not times:
                 raise ValueError(
-                    f"adapter_names has {len(self.route)} entries, but a layer was called with a batch of {batch}; give "
-                    "one name for each row of the batch."
+                    f"adapter_names has {len(self.route)} entries, but a layer was called with a batch of {batch}; "
+                    "give one name for each row of the batch."
                 )
             owner = [name for name in self.route for _ in range(times)]
             self._rows[key] = {
@@ -224,7 +224,8 @@ class Adapted(nn.Module):
         if check and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
             self.merge(before, check=False, keep=keep)
             raise ValueError(
-                f"Merging {', '.join(names)} into '{self.site.path}' gives values that are not finite; nothing was merged."
+                f"Merging {', '.join(names)} into '{self.site.path}' gives values that are not finite; "
+                "nothing was merged."
             )
         self.original = self.site.swap(weight, bias)
         self.merged_names = tuple(names)

@@ -54,7 +54,7 @@ class LoadReport:
         if self.missing_keys and self.unexpected_keys:
             near = nearest(self.unexpected_keys[0], self.missing_keys, 1)
             hint = f" ('{self.unexpected_keys[0]}' looks like '{near[0]}')" if near else ""
-            return f"The adapter was likely saved from a model with other module names{hint}; pass key_mapping to rename keys."
+            return f"The adapter was likely saved under other module names{hint}; pass key_mapping to rename its keys."
         if self.unexpected_keys:
             return "The config names fewer layers than the file holds; check target_modules and the base model."
         return "The file is incomplete, or the config names more layers than were saved."
@@ -163,7 +163,7 @@ def _put_prompt(prompt: nn.Module, left: dict[str, Tensor], report: LoadReport, 
 def _judge(report: LoadReport, name: str, strict: bool, ignore_mismatched: bool) -> None:
     if not report.missing_keys and not report.unexpected_keys and ignore_mismatched:
         return
-    if report.mismatched_keys and not ignore_mismatched or strict and not report.clean:
+    if (report.mismatched_keys and not ignore_mismatched) or (strict and not report.clean):
         raise ValueError(f"The tensors do not fit adapter '{name}'; nothing was loaded. {report.sentence()}")
 
 

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from veneer.core import registry
 from veneer.core.adapter import Adapter
 from veneer.core.config import PeftConfig
-from veneer.core.prompt import Prompt
-from veneer.core.sites import OpaqueSite, Site, sites_for
-from veneer.engine import targets
+from veneer.core.sites import Site
+from veneer.engine import blueprint
 from veneer.engine.adapted import BASE, Adapted, State, hosts
 
 
@@ -74,64 +73,23 @@ class Tuner(nn.Module):
             ValueError: a bad or taken name, a config that matches nothing, or a layer the method cannot sit at.
         """
         self._check_name(name)
-        config.check()
-        row = registry.of(config.peft_type)
-        if issubclass(row.build, Prompt):
-            prompt = row.build.on(self.model, config)
-            self._freeze_base()
-            self.prompts[name] = _placed(prompt, prompt.device, prompt.dtype, device, autocast_adapter_dtype)
-            pairs: list[tuple[Site, Adapter]] = self._auxiliary(config, [])
-            own: list[Site] = []
-            shared = None
-        else:
-            own = self._sites(config, row.build, only)
-            pairs = self._auxiliary(config, own)
-            copied = [site.path for site, adapter in pairs if adapter.replacement() is not None]
-            own = [s for s in own if not any(s.path == p or s.path.startswith(p + ".") for p in copied)]
-            if not own:
-                raise ValueError("Every layer that target_modules matches lies in modules_to_save; choose others.")
-            shared = row.build.plan(config, own)
-            pairs += [(site, row.build.on(site, config.at(_pattern_path(site)), shared)) for site in own]
+        drawn = blueprint.draw(self.model, config, self.inputs, only)
         self._freeze_base()
-        if shared is not None:
-            lead = own[0]
-            self.shared[name] = _placed(shared, lead.device, lead.dtype, device, autocast_adapter_dtype)
+
+        def placed(module: nn.Module, at: Any, keeps_dtype: bool = False) -> Any:
+            return blueprint.placed(module, at, device, autocast_adapter_dtype and not keeps_dtype)
+
+        if drawn.prompt is not None:
+            self.prompts[name] = placed(drawn.prompt, drawn.prompt)
+        if drawn.shared is not None:
+            self.shared[name] = placed(drawn.shared, drawn.own[0])
         self._hosts[name] = []
-        for site, adapter in pairs:
-            autocast = autocast_adapter_dtype and not adapter.keeps_dtype
-            placed = _placed(adapter, site.device, site.dtype, device, autocast)
-            self._plant(name, site, placed)
+        for site, adapter in drawn.pairs:
+            self._plant(name, site, placed(adapter, site, adapter.keeps_dtype))
         self.configs[name] = config
         self._train(name, False)
         self._watch()
-        return own
-
-    def _sites(self, config: PeftConfig, build: type[Adapter], only: set[str] | None) -> list[Site]:
-        turned = bool(getattr(config, "fan_in_fan_out", False))
-        found: list[Site] = []
-        for target in targets.find(self.model, config):
-            if only is not None and target.path not in only:
-                continue
-            here = [] if build.whole_modules else sites_for(target.path, target.module, target.parameter, turned)
-            found += here or [OpaqueSite(target.path, target.module)]
-        for site in found:
-            site.inputs = self.inputs
-        if not found:
-            raise ValueError(f"No layer of {type(self.model).__name__} was left to adapt.")
-        return found
-
-    def _auxiliary(self, config: PeftConfig, own: Sequence[Site]) -> list[tuple[Site, Adapter]]:
-        pairs: list[tuple[Site, Adapter]] = []
-        for option, build in registry.AUXILIARY.items():
-            value = getattr(config, option, None)
-            if value in (None, "none", [], {}, False):
-                continue
-            sites = build.sites(self.model, config, own, targets.find_named)
-            for site in sites:
-                site.inputs = self.inputs
-            shared = build.plan(config, sites)
-            pairs += [(site, build.on(site, config, shared)) for site in sites]
-        return pairs
+        return drawn.own
 
     def _watch(self) -> None:
         """Keep one hook on the model that copies the inputs adapters ask for, as long as any does."""
@@ -420,8 +378,8 @@ class Tuner(nn.Module):
             wanted = [n for n in self.state.active if n in host.adapters and host.adapters[n].residual is not None]
             if len(wanted) > 1:
                 raise ValueError(
-                    f"The adapters {' and '.join(wanted)} each replaced the base weight of '{host.site.path}' at their start, so "
-                    "they cannot be active together; convert them to plain LoRA first."
+                    f"The adapters {' and '.join(wanted)} each replaced the base weight of '{host.site.path}' at their "
+                    "start, so they cannot be active together; convert them to plain LoRA first."
                 )
             host.lend(host.adapters[wanted[0]].residual if wanted and self.state.enabled else None)
 
@@ -438,8 +396,8 @@ class Tuner(nn.Module):
             for name in dict.fromkeys(names):
                 if any(h.adapters[name].residual is not None for h in self._hosts.get(name, ())):
                     raise ValueError(
-                        f"Adapter '{name}' replaced base weights at its start, so it cannot share a batch; convert it to "
-                        "plain LoRA first."
+                        f"Adapter '{name}' replaced base weights at its start, so it cannot share a batch; convert it "
+                        "to plain LoRA first."
                     )
         self.state.send(names)
 
@@ -463,8 +421,10 @@ class Tuner(nn.Module):
         todo = [h for h in self._all_hosts(innermost_first=True) if any(n in h.adapters for n in chosen)]
         for host in todo:
             for name in chosen:
-                adapter = host.adapters[name] if name in host.adapters else None
-                if adapter is not None and not adapter.mergeable and adapter.replacement() is None:
+                if name not in host.adapters:
+                    continue
+                adapter = host.adapters[name]
+                if not adapter.mergeable and adapter.replacement() is None:
                     adapter.merged(host.site.weight, host.site.bias)  # says why it refuses
         done: list[tuple[Adapted, tuple[str, ...]]] = []
         try:
@@ -492,7 +452,7 @@ class Tuner(nn.Module):
         """Names of the adapters that are merged now."""
         return tuple(dict.fromkeys(n for host in self._merged_hosts for n in host.merged_names))
 
-    # ---- training -----------------------------------------------------------------------------------------------------
+    # ---- training ---------------------------------------------------------------------------------------------------
     def penalty(self) -> Tensor | None:
         """The sum of the active adapters' terms for the loss, or None."""
         terms = [
@@ -514,22 +474,7 @@ class Tuner(nn.Module):
                 build.after_step(self.configs[name], dict(self.adapters(name)), step)
 
 
-def _pattern_path(site: Site) -> str:
-    return f"{site.path}.{site.parameter}" if site.kind == "parameter" and not site.below else site.path
-
-
 def _innermost(module: nn.Module) -> nn.Module:
     while isinstance(module, Adapted):
         module = module.base_layer
     return module
-
-
-def _placed(
-    module: nn.Module, device: torch.device, base_dtype: torch.dtype, wanted: torch.device | str | None, autocast: bool
-) -> nn.Module:
-    """Move a fresh adapter to its layer's device and its dtype: float32, or wider, or the base's where asked for."""
-    dtype = torch.promote_types(base_dtype, torch.float32) if autocast else base_dtype
-    target = torch.device(wanted) if wanted is not None else device
-    if target.type == "meta" and wanted is None:
-        return module.to(dtype=dtype)
-    return module.to(device=target, dtype=dtype)

@@ -136,7 +136,7 @@ def fill_defaults(model: nn.Module, config: PeftConfig) -> None:
     if found is None:
         raise ValueError(
             f"Please specify target_modules: there is no default for {config.peft_type} on the model type "
-            f"'{model_type}'. For example target_modules='all-linear', or a list of layer names from model.named_modules()."
+            f"'{model_type}'. For example target_modules='all-linear', or a list of names from model.named_modules()."
         )
     config.target_modules = set(found) if not isinstance(found, str) else found
 
@@ -150,7 +150,8 @@ TUNER_NAMES = {
     "PEANUT": "PeanutModel", "POLY": "PolyModel", "PSOFT": "PsoftModel", "PVERA": "PveraModel",
     "RANDLORA": "RandLoraModel", "ROAD": "RoadModel", "SHADOW": "ShadowModel", "SHIRA": "ShiraModel",
     "SUPERTUNING": "SupertuningModel", "TINYLORA": "TinyLoraModel", "TRAINABLE_TOKENS": "TrainableTokensModel",
-    "UNILORA": "UniLoraModel", "VBLORA": "VBLoRAModel", "VERA": "VeraModel", "WAVEFT": "WaveFTModel", "XLORA": "XLoraModel",
+    "UNILORA": "UniLoraModel", "VBLORA": "VBLoRAModel", "VERA": "VeraModel", "WAVEFT": "WaveFTModel",
+    "XLORA": "XLoraModel",
 }  # fmt: skip
 
 

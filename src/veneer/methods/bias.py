@@ -1,4 +1,4 @@
-"""bias="all" and bias="<method>_only": trained copies of bias vectors (BitFit: Ben Zaken et al., 2022, arXiv:2106.10199).
+"""bias="all" and bias="<method>_only": trained bias vectors (BitFit: Ben Zaken et al., 2022, arXiv:2106.10199).
 
 b' = b_trained        for every bias of the model, or for those of the adapted layers
 """

@@ -14,7 +14,7 @@ def _positive(owner: object, *names: str) -> None:
 
 @dataclass
 class LoraRuntimeConfig:
-    """Settings of a run, never saved: ``ephemeral_gpu_offload`` moves weights to the GPU only for a start's arithmetic."""
+    """Settings of a run, never saved: ``ephemeral_gpu_offload`` moves weights to the GPU for a start only."""
 
     ephemeral_gpu_offload: bool = False
 
@@ -137,7 +137,7 @@ class MontecloraConfig:
 
 @dataclass
 class BdLoraConfig:
-    """BD-LoRA: which modules get a block-diagonal A, which a block-diagonal B, in how many blocks (arXiv:2510.23346)."""
+    """BD-LoRA: modules with a block-diagonal A, those with a block-diagonal B, number of blocks (arXiv:2510.23346)."""
 
     target_modules_bd_a: list[str] | None = None
     target_modules_bd_b: list[str] | None = None

@@ -42,7 +42,8 @@ class TrainableTokens(Adapter):
     def on(cls, site: Site, config: Any, shared: nn.Module | None = None) -> Adapter:
         if not isinstance(site, EmbeddingSite | LinearSite):
             raise ValueError(
-                f"Trainable tokens need an embedding or a linear layer; '{site.path}' is a {type(site.module).__name__}."
+                f"Trainable tokens need an embedding or a linear layer, but '{site.path}' is a "
+                f"{type(site.module).__name__}."
             )
         return cls(site, config.token_indices, config.init_weights)
 
