@@ -199,8 +199,8 @@ class Adapted(nn.Module):
         return y
 
     # ---- merging ----------------------------------------------------------------------------------------------------
-    def merge(self, names: Iterable[str], check: bool = True, keep: torch.device | str | None = None) -> None:
-        """Fold the named adapters into new parameters and put those in; the old objects are kept for ``unmerge``.
+    def fold_in(self, names: Iterable[str], check: bool = True, keep: torch.device | str | None = None) -> None:
+        """Fold the named adapters into new parameters and put those in; the old objects are kept for ``fold_out``.
 
         Raises:
             ValueError: an adapter cannot be merged here, or the result is not finite.
@@ -209,7 +209,7 @@ class Adapted(nn.Module):
         if not names:
             return
         before = self.merged_names
-        self.unmerge()  # what was merged before is folded again together with the new ones
+        self.fold_out()  # what was merged before is folded again together with the new ones
         names = [*before, *(n for n in names if n not in before)]
         overrides = {k: v for n in names for k, v in (self.adapters[n].overrides() or {}).items()}
         if overrides:
@@ -222,7 +222,7 @@ class Adapted(nn.Module):
         dtype = self.site.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if check and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
-            self.merge(before, check=False, keep=keep)
+            self.fold_in(before, check=False, keep=keep)
             raise ValueError(
                 f"Merging {', '.join(names)} into '{self.site.path}' gives values that are not finite; "
                 "nothing was merged."
@@ -234,8 +234,8 @@ class Adapted(nn.Module):
                 if parameter is not None:
                     parameter.data = parameter.data.to(keep)
 
-    def unmerge(self) -> None:
-        """Put the very parameter objects back that were there before ``merge``."""
+    def fold_out(self) -> None:
+        """Put the very parameter objects back that were there before ``fold_in``."""
         if self.original is None:
             return
         now = self.site.put(self.original)

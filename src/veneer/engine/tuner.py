@@ -118,7 +118,7 @@ class Tuner(nn.Module):
             if host.site.parameter == site.parameter and host.site.kind == site.kind and name not in host.adapters:
                 break
         else:
-            host = Adapted(current, site, self.state)
+            host = self._wrapped(current, site)
             self._set_child(parent, leaf, host)
         if host.merged_names:
             raise ValueError(
@@ -130,6 +130,10 @@ class Tuner(nn.Module):
         self._hosts[name].append(host)
         if adapter.residual is not None and host not in self._split_hosts:
             self._split_hosts.append(host)
+
+    def _wrapped(self, layer: nn.Module, site: Site) -> Adapted:
+        """The wrapper for a layer that is adapted for the first time; a floor above may use a class of its own."""
+        return Adapted(layer, site, self.state)
 
     def _parent(self, path: str) -> tuple[nn.Module | None, str]:
         if not path:
@@ -432,19 +436,19 @@ class Tuner(nn.Module):
                 mergeable = [n for n in chosen if n in host.adapters and host.adapters[n].replacement() is None]
                 if mergeable:
                     before = host.merged_names
-                    host.merge(mergeable, check=check, keep=keep)
+                    host.fold_in(mergeable, check=check, keep=keep)
                     done.append((host, before))
         except BaseException:
             for host, before in reversed(done):
-                host.unmerge()
-                host.merge(before, check=False, keep=keep)
+                host.fold_out()
+                host.fold_in(before, check=False, keep=keep)
             raise
         self._merged_hosts = [h for h in self._all_hosts(innermost_first=True) if h.merged_names]
 
     def unmerge(self) -> None:
         """Put the very parameter objects back that were there before ``merge``."""
         for host in reversed(self._merged_hosts):
-            host.unmerge()
+            host.fold_out()
         self._merged_hosts = []
 
     @property
