@@ -23,6 +23,7 @@ from veneer.core.config import LayerConfig, newer
 from veneer.core.registry import method
 from veneer.core.sites import Site
 from veneer.methods import lora_options as options
+from veneer.ops.groups import gather, spread
 from veneer.ops.lowrank import lowrank
 
 
@@ -223,8 +224,8 @@ class Lora(Additive):
         groups = self.lora_A.groups
         if groups != self.site.groups:
             raise ValueError(
-                f"LoRA at '{self.site.path}' has rank {self.r}, which its {self.site.groups} groups do not divide, so its delta "
-                "mixes the groups and cannot be merged; choose a rank that is a multiple of the groups."
+                f"LoRA at '{self.site.path}' mixes the layer's {self.site.groups} groups, so its delta is no grouped "
+                f"weight and cannot be merged; train it anew with a rank that is a multiple of {self.site.groups}."
             )
         a = a.reshape(groups, self.r // groups, -1)  # (g, r/g, in/g * kernel)
         b = b.reshape(groups, -1, self.r // groups)  # (g, out/g, r/g)
@@ -232,6 +233,24 @@ class Lora(Additive):
 
     def delta_bias(self) -> Tensor | None:
         return None if self.lora_B.bias is None else self.scaling * self.lora_B.bias
+
+    def outgoing(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        a = tensors.get("lora_A.weight")
+        if a is None or getattr(self.lora_A, "groups", 1) == 1:
+            return tensors
+        return tensors | {"lora_A.weight": spread(a, self.lora_A.groups)}  # the peer's A is a plain convolution
+
+    def incoming(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        a, down = tensors.get("lora_A.weight"), getattr(self, "lora_A", None)
+        groups = getattr(down, "groups", 1)
+        if a is None or groups == 1 or a.dim() != down.weight.dim() or a.shape[1] != groups * down.weight.shape[1]:
+            return tensors
+        own = gather(a, groups)
+        if own is None:  # trained across the groups: take that form, which runs but cannot be merged
+            plain = torch.empty(down.out_channels, down.in_channels, *down.kernel_size, device=a.device)
+            down.weight = nn.Parameter(plain.to(down.weight), requires_grad=down.weight.requires_grad)
+            down.groups, own = 1, a
+        return tensors | {"lora_A.weight": own}
 
 
 class LoraEmbedding(Lora):
