@@ -9,7 +9,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from veneer.engine.targets import find
 from veneer.hf import architecture_table as table
-from veneer.hf.architectures import default_feedforward, default_targets, input_embedding, no_default
+from veneer.hf.architectures import default_feedforward, default_targets, input_embedding, no_default, present
 
 FAMILIES = [
     *("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "llama4", "phi", "phi3"),
@@ -114,6 +114,12 @@ def test_the_peers_families_mean_the_same():
                 method,
                 model_type,
             )
+
+
+def test_names_of_other_generations_are_left_out():
+    model = shrunk("vit")
+    assert present(model, default_targets("LORA", "vit")) == ["q_proj", "v_proj"]
+    assert present(model, ["nothing"]) == ["nothing"]
 
 
 def test_the_input_embedding_is_where_the_model_says():

@@ -85,6 +85,7 @@ class PeftConfig(metaclass=_Checked):
 
     def __post_init__(self) -> None:
         self.unknown: dict[str, Any] = {}
+        self.from_file = False  # whether its words are another's, which may name modules of more than one model
         if self.task_type is not None and str(self.task_type) not in list(map(str, TaskType)):
             raise ValueError(
                 f"Invalid task_type '{self.task_type}'; it must be one of {', '.join(map(str, TaskType))}."
@@ -190,6 +191,7 @@ class PeftConfig(metaclass=_Checked):
             )
         config = found(**values)
         config.unknown = unknown
+        config.from_file = True
         return config
 
     @classmethod

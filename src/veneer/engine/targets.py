@@ -36,7 +36,7 @@ class Target:
         return self.path if self.parameter is None else f"{self.path}.{self.parameter}"
 
 
-def find(model: nn.Module, config: Any, *, strict: bool = True) -> list[Target]:
+def find(model: nn.Module, config: Any, *, strict: bool | None = None) -> list[Target]:
     """The places ``config`` names, in the order of the model.
 
     Reads ``target_modules`` (a list of names, each a whole path or its end at a dot; a str is a regular expression for
@@ -45,14 +45,15 @@ def find(model: nn.Module, config: Any, *, strict: bool = True) -> list[Target]:
     be missing. A model that is adapted already is seen under its own paths, so a config means the same again.
 
     Args:
-        strict: False accepts, as the peer does, names that match nothing while others do. That is for tables of
-            defaults and for adapters read from a file, whose lists may name the modules of more than one model.
+        strict: False accepts, as the peer does, names that match nothing while others do, for lists that may name the
+            modules of more than one model: tables of defaults, and configs read from a file, where it is the default.
 
     Raises:
         ValueError: something is asked for that the model does not have, with the nearest names.
         TypeError: ``target_parameters`` is a str.
     """
     _check(config)
+    strict = not _field(config, "from_file") if strict is None else strict
     modules = list(walk(model))
     matched = _matched(model, config, modules, strict)
     allowed = _without_excluded(model, config, modules, matched, strict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from veneer.core.patterns import nearest
+from veneer.core.patterns import Names, nearest
 from veneer.engine.targets import original, walk
 from veneer.hf import architecture_table as table
 from veneer.hf.architecture_table import Targets
@@ -22,12 +22,22 @@ _OWN_TABLES: dict[str, dict[str, Targets]] = {
 def default_targets(peft_type: str, model_type: str) -> Targets | None:
     """The ``target_modules`` of a method for models of ``model_type``; None where there is no default.
 
-    Some lists name the modules of several generations of a family: `targets.find` takes them with ``strict=False``.
+    Some lists name the modules of several generations of a family; `present` keeps those that a model has.
     """
     found = table.OTHERWISE.get(str(peft_type), {}).get(model_type)
     if found is None:
         found = _OWN_TABLES.get(str(peft_type), table.ATTENTION).get(model_type)
     return list(found) if isinstance(found, list) else found
+
+
+def present(model: nn.Module, names: Targets) -> Targets:
+    """Those of a default's names that this model has: rows of the tables span several generations of a family."""
+    if isinstance(names, str):
+        return names
+    found = Names(names)
+    for path, _ in walk(model):
+        found.match(path)
+    return [name for name in names if name in found.met] or names
 
 
 def default_feedforward(model_type: str) -> Targets | None:

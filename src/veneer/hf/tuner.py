@@ -12,7 +12,7 @@ from torch import nn
 from veneer.core import registry
 from veneer.core.config import PeftConfig
 from veneer.engine.tuner import Tuner
-from veneer.hf.architectures import default_targets
+from veneer.hf.architectures import default_targets, present
 
 
 class PeftTuner(Tuner):
@@ -138,6 +138,7 @@ def fill_defaults(model: nn.Module, config: PeftConfig) -> None:
             f"Please specify target_modules: there is no default for {config.peft_type} on the model type "
             f"'{model_type}'. For example target_modules='all-linear', or a list of names from model.named_modules()."
         )
+    found = present(model, found)
     config.target_modules = set(found) if not isinstance(found, str) else found
 
 
