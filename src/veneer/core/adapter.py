@@ -102,6 +102,9 @@ class Adapter(nn.Module):
         """
         self.residual = self.site.packed(weight.detach())
 
+    def ready(self) -> None:
+        """Called when the tensors are in their place: before planting, and after a load, the base's own weights in."""
+
     def replacement(self) -> nn.Module | None:
         """A whole module that runs in the layer's place (a trained copy), or None."""
         return None
@@ -123,6 +126,15 @@ class Adapter(nn.Module):
     def incoming(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A file's tensors as this adapter holds them: other layouts and older names are translated here."""
         return tensors
+
+    def original_form(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Own tensors as an adapter for the original base, where a start replaced it (``rebase``)."""
+        return tensors
+
+    @classmethod
+    def original_config(cls, config: Any, adapters: Sequence[Adapter]) -> Any:
+        """The settings that fit ``original_form`` of these adapters: the same object where nothing differs."""
+        return config
 
     @property
     def mergeable(self) -> bool:

@@ -100,7 +100,7 @@ class PeftConfig(metaclass=_Checked):
             setattr(self, name, self._as(cls, name, getattr(self, name)))
 
     def _as(self, cls: type, name: str, value: Any) -> Any:
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict) and (value or name == "runtime_config"):
             return cls(**value)
         if value and not isinstance(value, cls):
             raise TypeError(f"{name} must be a {cls.__name__} or a dict, not {type(value).__name__}.")

@@ -60,7 +60,7 @@ class PeftModel(nn.Module):
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-        if getattr(model, "is_gradient_checkpointing", False):
+        if _checkpoints(model):
             self._inputs_require_grad()
         config = getattr(model, "config", None)
         if getattr(config, "pretraining_tp", 1) not in (1, None):
@@ -309,8 +309,8 @@ class PeftModel(nn.Module):
             kwargs: ``subfolder``, ``revision``, ``token``, ``cache_dir``, ``ignore_mismatched_sizes``, ...
 
         Raises:
-            FileNotFoundError: no such folder or hub id.
-            ValueError: the file does not fit the model; the sentence says how.
+            FileNotFoundError: the folder or repository holds no adapter.
+            ValueError: no such folder or hub id, or the file does not fit the model; the sentence says how.
         """
         from veneer.hf.tasks import task_class
 
@@ -446,6 +446,12 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
 
 def _has(model: nn.Module, name: str) -> bool:
     return any(path == name or path.endswith("." + name) for path, _ in model.named_modules())
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Whether the base recomputes activations; transformers renamed the property in 5.23."""
+    name = "is_activation_checkpointing"
+    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
 
 
 def _require_grad(module: nn.Module, args: tuple, output: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from veneer.core import registry
 from veneer.core.config import PeftConfig
+from veneer.engine.targets import ALL_LINEAR, walk
 from veneer.engine.tuner import Tuner
 from veneer.hf.architectures import default_targets, present
 
@@ -48,7 +49,9 @@ class PeftTuner(Tuner):
     def inject(self, name: str, config: PeftConfig, *, low_cpu_mem_usage: bool = False, **kwargs: Any) -> None:
         """``add`` after the model family's defaults were filled in."""
         fill_defaults(self.model, config)
-        self.add(name, config, device="meta" if low_cpu_mem_usage else None, **kwargs)
+        own = self.add(name, config, device="meta" if low_cpu_mem_usage else None, **kwargs)
+        if getattr(config, "target_modules", None) == ALL_LINEAR:
+            config.target_modules = names_of(self.model, [site.path for site in own])  # type: ignore[attr-defined]
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -119,6 +122,16 @@ class PeftTuner(Tuner):
             if name == "model" or name.startswith("__"):
                 raise
             return getattr(self.model, name)
+
+
+def names_of(model: nn.Module, paths: list[str]) -> set[str]:
+    """Names that select exactly these layers: their last parts where that is unambiguous, else the whole paths.
+
+    Readers of an adapter (serving engines among them) want the names themselves, not a rule.
+    """
+    leaves = {path.rpartition(".")[2] for path in paths}
+    selected = {path for path, _ in walk(model) if path.rpartition(".")[2] in leaves}
+    return leaves if selected == set(paths) else set(paths)
 
 
 def fill_defaults(model: nn.Module, config: PeftConfig) -> None:
