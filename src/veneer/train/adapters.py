@@ -1,0 +1,173 @@
+"""Where the training floor meets the library: adapter settings in, adapted models out."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+import peft as library
+from torch import nn
+
+from veneer.train.document import Loc
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+SYNONYMS = {"rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "targets": "target_modules"}
+
+# Rates that the methods' papers and benchmarks found, where they lie far from LoRA's.
+LEARNING_RATES = {"IA3": 5e-3, "VERA": 4e-3, "C3A": 1e-1, "PROMPT_TUNING": 3e-2, "P_TUNING": 3e-3}
+LEARNING_RATES |= {"PREFIX_TUNING": 1e-2, "FOURIERFT": 1e-2, "BOFT": 1e-3, "OFT": 1e-3}
+
+
+def table() -> dict[str, type]:
+    """Every method's config class by its ``peft_type``."""
+    return {str(getattr(k, "value", k)): v for k, v in library.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def _method(name: str) -> str | None:
+    spelled = name.upper().replace("-", "_")
+    known = table()
+    if spelled in known:
+        return spelled
+    bare = {key.replace("_", ""): key for key in known}
+    return bare.get(spelled.replace("_", ""))
+
+
+def _expand(block: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Loc, str]]]:
+    """The block as keyword arguments with ``peft_type``, from ``method: lora`` or from the file at ``path``."""
+    values = {k: v for k, v in block.items() if k not in ("method", "path")}
+    if "path" in block:
+        file = Path(block["path"])
+        file = file / CONFIG_FILE if file.is_dir() else file
+        if not file.is_file():
+            return values, [(("path",), f"there is no adapter config '{file}'.")]
+        try:
+            stored = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            return values, [(("path",), f"{file}:{error.lineno} is not valid JSON ({error.msg}).")]
+        if not isinstance(stored, dict) or "peft_type" not in stored:
+            return values, [(("path",), f"{file} has no 'peft_type', so it is not an adapter config.")]
+        return {**stored, **values}, []
+    named = str(block.get("method", block.get("peft_type")))
+    method = _method(named)
+    if method is None:
+        near = difflib.get_close_matches(named.upper(), table(), 3, 0.5)
+        hint = f"did you mean {' or '.join(n.lower() for n in near)}?" if near else "`veneer methods` lists them."
+        return values, [(("method",), f"there is no method '{named}'; {hint}")]
+    return {**values, "peft_type": method}, []
+
+
+def problems(block: dict[str, Any]) -> list[tuple[Loc, str]]:
+    """What is wrong with an adapter block: (place in the block, message) each."""
+    values, found = _expand(block)
+    if found:
+        return found
+    cls = table().get(str(values["peft_type"]))
+    if cls is None:
+        return [(("path",), f"the method '{values['peft_type']}' is not known; `veneer methods` lists what is.")]
+    known = {field.name for field in dataclasses.fields(cls)}
+    for key in [k for k in values if k not in known]:
+        near = [SYNONYMS[key]] if SYNONYMS.get(key) in known else difflib.get_close_matches(key, known, 1, 0.6)
+        hint = f"; did you mean {near[0]}?" if near else f"; {cls.__name__} knows {', '.join(sorted(known))}."
+        found.append(((key,), f"{cls.__name__} has no setting '{key}'{hint}"))
+    if not found:
+        try:
+            build(block)
+        except (ValueError, TypeError) as error:
+            found.append(((), f"{cls.__name__}: {error}"))
+    return found
+
+
+def build(block: dict[str, Any], notices: list[str] | None = None) -> Any:
+    """The library's config of an adapter block.
+
+    An inline LoRA-like block that names no targets gets all linear layers, the choice that does best at equal size. A config
+    saved for inference is set to train, with a notice.
+
+    Raises:
+        ValueError: the block names no known method, or its values are invalid together.
+    """
+    values, found = _expand(block)
+    if found:
+        raise ValueError(found[0][1])
+    cls = table()[str(values.pop("peft_type"))]
+    known = {field.name for field in dataclasses.fields(cls)}
+    notices = notices if notices is not None else []
+    if values.pop("inference_mode", False):
+        notices.append("The adapter config says inference_mode: true, which would train nothing; it trains here.")
+    inline = "path" not in block
+    if inline and "target_modules" in known and "feedforward_modules" not in known and not _says_targets(values):
+        values["target_modules"] = "all-linear"
+    values.setdefault("task_type", "CAUSAL_LM")
+    return cls(**values)
+
+
+def _says_targets(values: dict[str, Any]) -> bool:
+    return any(values.get(key) for key in ("target_modules", "target_parameters"))
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """The block that rebuilds ``config``: its method and every field that is not at its default."""
+    values = {k: v for k, v in config.to_dict().items() if k not in ("inference_mode", "peft_version")}
+    plain = type(config)().to_dict()
+    kept = {k: _plain(v) for k, v in values.items() if k != "peft_type" and v != plain.get(k) and v is not None}
+    return {"method": str(getattr(config.peft_type, "value", config.peft_type)).lower(), **kept}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    return getattr(value, "value", value)
+
+
+def learning_rate(config: Any, hidden: int | None) -> float:
+    """The rate when none is set: the method's own, else 5e-4 (2000 / hidden)^0.78, about 3e-4 for a 7B model.
+
+    The rule is that of the "LoRA Without Regret" study's training recipes, capped for very small models.
+    """
+    method = str(getattr(config.peft_type, "value", config.peft_type))
+    if method in LEARNING_RATES:
+        return LEARNING_RATES[method]
+    return float(f"{min(2e-3, 5e-4 * (2000 / hidden) ** 0.781):.1e}") if hidden else 2e-4
+
+
+def attach(model: nn.Module, config: Any) -> Any:
+    """``model`` with a fresh adapter, named ``default``, to train."""
+    return library.get_peft_model(model, config)
+
+
+def load(model: nn.Module, folder: str | Path, trainable: bool = False) -> Any:
+    """``model`` with the adapter of ``folder``."""
+    return library.PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+
+
+def add(model: Any, folder: str | Path, name: str) -> None:
+    """One more adapter, under ``name``, beside those ``model`` has."""
+    model.load_adapter(str(folder), adapter_name=name)
+
+
+def restore(model: Any, folder: str | Path) -> None:
+    """Put the tensors of ``folder`` into the adapter ``model`` has."""
+    library.set_peft_model_state_dict(model, library.load_peft_weights(str(folder), device="cpu"))
+
+
+def read_config(folder: str | Path) -> Any:
+    """The config of a saved adapter."""
+    return library.PeftConfig.from_pretrained(str(folder))
+
+
+def penalty(model: Any) -> Any:
+    """The adapter's own term of the loss (AdaLoRA's orthogonality, a router's balance), or None."""
+    own = getattr(getattr(model, "base_model", None), "penalty", None)
+    return own() if callable(own) else None
+
+
+def after_step(model: Any, step: int) -> None:
+    """Let the method do what it does between steps (AdaLoRA's budget)."""
+    own = getattr(getattr(model, "base_model", None), "after_step", None)
+    if callable(own):
+        own(step)

@@ -1,0 +1,305 @@
+"""A run's settings: typed sections, unknown keys forbidden, all errors at once with their place in the file."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from veneer.train import document
+from veneer.train.document import Document, Loc
+
+Files = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+Auto = Literal["auto"]
+
+
+class Section(BaseModel):
+    """A block of settings. A bare value in its place means the field named by ``shorthand``."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    shorthand: ClassVar[str | None] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand(cls, value: Any) -> Any:
+        return {cls.shorthand: value} if cls.shorthand and isinstance(value, str | list) else value
+
+
+class Model(Section):
+    """The base model and how it is loaded."""
+
+    shorthand: ClassVar[str | None] = "path"
+    path: str = Field(description="A local folder or a hub id.")
+    revision: str | None = None
+    tokenizer: str | None = Field(None, description="Another folder or id for the tokenizer.")
+    chat_template: str | None = Field(None, description="A Jinja file to use in place of the tokenizer's template.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+class Data(Section):
+    """The examples, what they look like, and which of their tokens are learnt."""
+
+    shorthand: ClassVar[str | None] = "train"
+    train: Files = Field(min_length=1, description="Files or globs; `file#500` takes the first 500 rows.")
+    eval: Files = Field(default_factory=list, description="Held-out files; without them `holdout` applies.")
+    holdout: Auto | float = Field("auto", ge=0, description="Rows (>= 1) or share (< 1) held out of `train`.")
+    format: Literal["auto", "alpaca", "prompt", "messages", "sharegpt", "text"] = "auto"
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Our column name -> yours, e.g. prompt: question."
+    )
+    template: Literal["auto", "chat", "alpaca", "none"] = "auto"
+    system: str | None = Field(None, description="A system message for rows that have none.")
+    loss_on: Literal["auto", "completion", "assistant", "all"] = "auto"
+    max_length: int = Field(1024, ge=2)
+    too_long: Literal["truncate", "drop"] = "truncate"
+    bad_rows: Literal["error", "skip"] = "error"
+
+
+class Train(Section):
+    """Length, batches, optimiser."""
+
+    epochs: float = Field(3.0, gt=0)
+    steps: int | None = Field(None, ge=1, description="Stop after this many steps, whatever `epochs` says.")
+    batch_size: int = Field(4, ge=1)
+    accumulate: int = Field(1, ge=1, description="Batches summed into one step.")
+    learning_rate: Auto | float = Field("auto", gt=0)
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = "linear"
+    warmup: float = Field(0.03, ge=0, description="Share of the steps (< 1) or a number of steps.")
+    optimizer: str = "adamw_torch"
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, ge=0)
+    gradient_checkpointing: bool = False
+    save_every: Auto | int = Field("auto", ge=1, description="Steps between checkpoints; with an eval set, its rhythm.")
+    keep: int = Field(2, ge=1, description="Checkpoints kept, besides the best one.")
+    threads: Auto | int = Field("auto", ge=1)
+    workers: int = Field(0, ge=0)
+    seed: int = 42
+
+
+class Eval(Section):
+    """Held-out loss, best checkpoint, early stop, and the prompts answered before and after."""
+
+    every: Auto | int = Field("auto", ge=1, description="Steps between evaluations; auto gives about five in a run.")
+    batch_size: int | None = Field(None, ge=1)
+    best: bool = Field(True, description="End with the checkpoint of the lowest held-out loss.")
+    patience: int | None = Field(None, ge=1, description="Stop after this many evaluations without improvement.")
+    prompts: int = Field(3, ge=0, description="Held-out prompts answered before and after.")
+    max_new_tokens: int = Field(64, ge=1)
+
+
+class Log(Section):
+    """What is written while it runs. metrics.jsonl is always written."""
+
+    every: int = Field(1, ge=1)
+    progress: Literal["auto", "live", "plain", "off"] = "auto"
+    report_to: Files = Field(default_factory=list, description="tensorboard, trackio, wandb, mlflow.")
+
+
+class Output(Section):
+    """Where the adapter, the resolved settings, the metrics and the checkpoints go."""
+
+    shorthand: ClassVar[str | None] = "dir"
+    dir: str
+    overwrite: bool = False
+
+
+class RunConfig(Section):
+    """All settings of a run, as ``run.yaml`` keeps them."""
+
+    task: Literal["sft"] = "sft"
+    model: Model
+    data: Data
+    adapter: dict[str, Any] = Field(default_factory=lambda: {"method": "lora", "r": 16, "lora_alpha": 32})
+    train: Train = Field(default_factory=Train)
+    eval: Eval = Field(default_factory=Eval)
+    log: Log = Field(default_factory=Log)
+    output: Output
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _adapter(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"path": value}
+        if isinstance(value, dict) and not {"method", "path", "peft_type"} & value.keys():
+            raise ValueError("an adapter needs `method: lora` (see `veneer methods`) or `path: adapter_config.json`")
+        return value
+
+    def dump(self) -> str:
+        """The settings as YAML that reads back to the same settings."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+
+
+SECTIONS = {
+    name: info.annotation
+    for name, info in RunConfig.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
+}
+LEAVES = {
+    leaf: [section for section, other in SECTIONS.items() if leaf in other.model_fields]
+    for cls in SECTIONS.values()
+    for leaf in cls.model_fields
+}
+SHORT = {"out": "output.dir", "output_dir": "output.dir", "lr": "train.learning_rate"}
+ELSEWHERE = {  # names of other tools -> ours
+    **SHORT,
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "max_step": "train.steps",
+    "per_device_train_batch_size": "train.batch_size",
+    "micro_batch_size": "train.batch_size",
+    "gradient_accumulation_steps": "train.accumulate",
+    "warmup_ratio": "train.warmup",
+    "warmup_steps": "train.warmup",
+    "lr_scheduler_type": "train.schedule",
+    "max_seq_length": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "dataset": "data.train",
+    "dataset_name": "data.train",
+    "base_model": "model.path",
+    "model_name_or_path": "model.path",
+    "lora_r": "adapter.r",
+    "lora_rank": "adapter.r",
+    "lora_alpha": "adapter.lora_alpha",
+    "val_size": "data.holdout",
+    "eval_steps": "eval.every",
+    "save_steps": "train.save_every",
+    "logging_steps": "log.every",
+}
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a run's settings, one line each."""
+
+
+def load(
+    path: str | Path | None,
+    sets: Iterable[str] = (),
+    rest: Iterable[str] = (),
+    check_adapter: Callable[[dict[str, Any]], list[tuple[Loc, str]]] | None = None,
+) -> RunConfig:
+    """Settings from a file and from overrides.
+
+    Args:
+        path: a YAML, JSON or TOML file, or None for settings from the command line alone.
+        sets: ``a.b=c`` items.
+        rest: further words of the command line, ``--a.b c`` or ``--leaf c``.
+        check_adapter: looks over the adapter block, which only the table of methods understands.
+
+    Raises:
+        ConfigError: anything invalid, every error with ``file:line`` and the nearest valid name.
+    """
+    doc = document.read(path) if path is not None else Document()
+    for key, value, flag in document.overrides(sets, list(rest)):
+        _override(doc, key, value, flag)
+    problems: list[tuple[Loc, str]] = []
+    config = None
+    try:
+        config = RunConfig.model_validate(doc.values)
+    except ValidationError as error:
+        problems = _problems(error)
+    block = config.adapter if config else doc.values.get("adapter")
+    if isinstance(block, str):
+        block = {"path": block}
+    if check_adapter and isinstance(block, dict) and not any(loc[:1] == ("adapter",) for loc, _ in problems):
+        problems += [(("adapter", *loc), message) for loc, message in check_adapter(block)]
+    if problems or config is None:
+        problems.sort(key=lambda problem: doc.line(problem[0]))
+        lines = [f"{doc.where(loc)}: {message}" for loc, message in problems]
+        count = "1 setting is" if len(lines) == 1 else f"{len(lines)} settings are"
+        raise ConfigError(f"{count} wrong:\n  " + "\n  ".join(lines))
+    if path is not None:
+        _locate(config, Path(path).parent)
+    return config
+
+
+def _override(doc: Document, key: str, value: Any, flag: str) -> None:
+    key = SHORT.get(key, key)
+    loc = tuple(key.split("."))
+    if len(loc) == 1 and key not in RunConfig.model_fields and len(LEAVES.get(key, [])) == 1:
+        loc = (LEAVES[key][0], key)
+    elif len(loc) == 1 and len(LEAVES.get(key, [])) > 1 and key not in RunConfig.model_fields:
+        choices = " or ".join(f"--{section}.{key}" for section in LEAVES[key])
+        raise ConfigError(f"{flag}: several sections have '{key}'; say {choices}.")
+    section = SECTIONS.get(str(loc[0]))
+    written = doc.values.get(loc[0])
+    if len(loc) > 1 and not isinstance(written, dict) and written is not None:
+        short = section.shorthand if section else "path"
+        doc.values[loc[0]] = {short: written}
+    if len(loc) == 1 and section and section.shorthand and isinstance(written, dict):
+        loc = (loc[0], section.shorthand)
+    doc.set(loc, value, flag)
+
+
+def _problems(error: ValidationError) -> list[tuple[Loc, str]]:
+    """One line per field, however many branches of a union pydantic tried."""
+    found: dict[Loc, list[str]] = {}
+    for one in error.errors():
+        loc = tuple(one["loc"])
+        depth = 2 if loc and loc[0] in SECTIONS else 1
+        loc, inner = loc[:depth], loc[depth:]
+        name = ".".join(map(str, loc))
+        if one["type"] == "extra_forbidden":
+            message = f"there is no setting '{name}'{_suggest(loc)}"
+        elif one["type"] == "missing":
+            message = f"'{name}' is missing{_describe(loc)}"
+        else:
+            spot = "".join(f"[{i}]" for i in inner if isinstance(i, int))
+            message = f"'{name}{spot}' is {one['input']!r}: {_lower(one['msg'])}"
+        messages = found.setdefault(loc, [])
+        same = messages and ": " in message and message.split(": ", 1)[0] == messages[0].split(": ", 1)[0]
+        messages.append("or " + message.split(": ", 1)[1] if same else message)
+    return [
+        (loc, ", ".join(messages).rstrip(".?") + ("?" if "did you" in messages[-1] else "."))
+        for loc, messages in found.items()
+    ]
+
+
+def _suggest(loc: Loc) -> str:
+    key = str(loc[-1])
+    if key in ELSEWHERE:
+        return f"; here it is called {ELSEWHERE[key]}"
+    here = SECTIONS[str(loc[0])] if len(loc) == 2 else RunConfig
+    near = difflib.get_close_matches(key, here.model_fields, 1, 0.6)
+    if near:
+        return f"; did you mean {'.'.join([*map(str, loc[:-1]), near[0]])}?"
+    if key in LEAVES:
+        return f"; {key} stands under {' or '.join(LEAVES[key])}"
+    far = difflib.get_close_matches(key, LEAVES, 1, 0.7)
+    if far:
+        return f"; did you mean {LEAVES[far[0]][0]}.{far[0]}?"
+    return f"; known are {', '.join(here.model_fields)}"
+
+
+def _describe(loc: Loc) -> str:
+    if len(loc) == 1:
+        short = SECTIONS[str(loc[0])].shorthand
+        return f"; write `{loc[0]}: ...` or `{loc[0]}: {{{short}: ...}}`"
+    return ""
+
+
+def _lower(text: str) -> str:
+    text = text.removeprefix("Value error, ").removeprefix("Input ").removeprefix("should be ")
+    return ("it must be " if not text.startswith(("an adapter",)) else "") + text[:1].lower() + text[1:]
+
+
+def _locate(config: RunConfig, folder: Path) -> None:
+    """A path that is not found from here is looked for beside the settings file."""
+
+    def found(path: str) -> str:
+        beside = folder / path
+        bare = path.rpartition("#")[0] or path
+        return str(beside) if not Path(bare).exists() and (folder / bare).exists() else path
+
+    config.model.path = found(config.model.path)
+    config.data.train = [found(p) for p in config.data.train]
+    config.data.eval = [found(p) for p in config.data.eval]
+    if "path" in config.adapter:
+        config.adapter["path"] = found(config.adapter["path"])

@@ -1,0 +1,260 @@
+"""Examples: files of five formats, read row by row into one form.
+
+alpaca     {instruction, input?, output}            messages   {messages: [{role, content}]}
+prompt     {prompt, completion}                     sharegpt   {conversations: [{from, value}]}
+text       {text}, or a .txt file with paragraphs divided by blank lines
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from veneer.train import rows
+from veneer.train.rows import Row, RowError
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
+ROLES |= {"chatgpt": "assistant", "bot": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
+ROLES |= {"function": "tool", "developer": "system"}
+
+
+@dataclass
+class Example:
+    """One row: a conversation, or a prompt with its completion, or a text."""
+
+    where: str
+    messages: list[Row] | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    text: str | None = None
+    tools: list[Any] | None = None
+
+    @property
+    def question(self) -> str:
+        """What the model would be asked: the key under which repeated prompts are held out together."""
+        if self.messages is not None:
+            return next((str(m["content"]) for m in self.messages if m["role"] == "user"), "")
+        return self.prompt if self.prompt is not None else self.text or ""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How rows of one shape become examples."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+    convert: Callable[[Row], dict[str, Any]]
+
+
+def _string(row: Row, key: str, empty: bool = False) -> str:
+    value = row.get(key)
+    if value is None and empty:
+        return ""
+    if not isinstance(value, str):
+        raise RowError(f"'{key}' must be text, and is {_brief(value)}")
+    if not value.strip() and not empty:
+        raise RowError(f"'{key}' is empty")
+    return value
+
+
+def _alpaca(row: Row) -> dict[str, Any]:
+    instruction, extra = _string(row, "instruction"), _string(row, "input", empty=True)
+    messages = [{"role": "user", "content": f"{instruction}\n\n{extra}" if extra.strip() else instruction}]
+    if row.get("system"):
+        messages.insert(0, {"role": "system", "content": _string(row, "system")})
+    messages.append({"role": "assistant", "content": _string(row, "output")})
+    return {"messages": messages, "prompt": alpaca_prompt(instruction, extra), "completion": _string(row, "output")}
+
+
+def alpaca_prompt(instruction: str, extra: str = "") -> str:
+    """The prompt of the Stanford Alpaca data set, for tokenizers without a chat template."""
+    if extra.strip():
+        return (
+            "Below is an instruction that describes a task, paired with an input that provides further context. "
+            "Write a response that appropriately completes the request.\n\n"
+            f"### Instruction:\n{instruction}\n\n### Input:\n{extra}\n\n### Response:\n"
+        )
+    return (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n### Response:\n"
+    )
+
+
+def _prompt(row: Row) -> dict[str, Any]:
+    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        return {"messages": _turns([*row["prompt"], *row["completion"]], "role", "content")}
+    prompt, completion = _string(row, "prompt"), _string(row, "completion")
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion.strip()}]
+    if row.get("system"):
+        turns.insert(0, {"role": "system", "content": _string(row, "system")})
+    return {"prompt": prompt, "completion": completion, "messages": turns}
+
+
+def _messages(row: Row) -> dict[str, Any]:
+    return {"messages": _turns(row["messages"], "role", "content"), "tools": row.get("tools")}
+
+
+def _sharegpt(row: Row) -> dict[str, Any]:
+    turns = _turns(row["conversations"], "from", "value")
+    if row.get("system") and turns[0]["role"] != "system":
+        turns.insert(0, {"role": "system", "content": _string(row, "system")})
+    return {"messages": turns, "tools": row.get("tools") or None}
+
+
+def _turns(value: Any, role_key: str, text_key: str) -> list[Row]:
+    value = json.loads(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
+    if not isinstance(value, list) or not value:
+        raise RowError(f"the conversation must be a list of turns, and is {_brief(value)}")
+    turns = []
+    for number, turn in enumerate(value, 1):
+        if not isinstance(turn, dict) or role_key not in turn:
+            raise RowError(f"turn {number} must have '{role_key}' and '{text_key}', and is {_brief(turn)}")
+        role = ROLES.get(str(turn[role_key]).lower())
+        if role is None:
+            raise RowError(f"turn {number} has the role '{turn[role_key]}'; known are {', '.join(sorted(ROLES))}")
+        content = turn.get(text_key)
+        if content is None and not turn.get("tool_calls"):
+            raise RowError(f"turn {number} ({role}) has no '{text_key}'")
+        rest = {k: v for k, v in turn.items() if k not in (role_key, text_key) and v is not None}
+        turns.append({"role": role, "content": content if content is not None else "", **rest})
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise RowError("the conversation has no assistant turn to learn from")
+    return turns
+
+
+FORMATS = {
+    "messages": Format(("messages",), ("tools",), _messages),
+    "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt),
+    "alpaca": Format(("instruction", "output"), ("input", "system"), _alpaca),
+    "prompt": Format(("prompt", "completion"), ("system",), _prompt),
+    "text": Format(("text",), (), lambda row: {"text": _string(row, "text")}),
+}
+
+
+@dataclass
+class Examples:
+    """What was read, and what was found on the way."""
+
+    rows: list[Example] = field(default_factory=list)
+    format: str = ""
+    files: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def load(files: list[str], format: str = "auto", columns: dict[str, str] | None = None, bad: str = "error") -> Examples:
+    """Read files into examples.
+
+    Args:
+        files: paths or globs; ``path#500`` takes the first 500 rows.
+        format: a key of ``FORMATS``, or ``auto`` to tell by the columns of the first row.
+        columns: our column name -> the file's.
+        bad: ``error`` refuses unusable rows, ``skip`` leaves them out and counts them.
+
+    Raises:
+        ValueError: unusable rows (all are counted, the first five named), unknown columns, no rows.
+        FileNotFoundError: a path or glob that matches nothing.
+    """
+    result, errors = Examples(), []
+    for path, limit in rows.expand(files):
+        result.files.append(str(path))
+        for number, raw in enumerate(rows.read(path), 1):
+            if limit is not None and number > limit:
+                break
+            where = f"{path.name} row {number}"
+            try:
+                if isinstance(raw, Exception):
+                    raise RowError(str(raw))
+                row = _rename(raw, columns or {}, where)
+                kind = format if format != "auto" else detect(row, where)
+                result.format = result.format or kind
+                _require(row, kind, where)
+                result.rows.append(Example(where=where, **FORMATS[kind].convert(row)))
+            except (RowError, json.JSONDecodeError) as error:
+                errors.append(f"{where}: {error}")
+    if errors and (bad == "error" or not result.rows):
+        more = f"\n  and {len(errors) - 5} more" if len(errors) > 5 else ""
+        count = "1 row cannot" if len(errors) == 1 else f"{len(errors)} rows cannot"
+        raise ValueError(
+            f"{count} be used:\n  " + "\n  ".join(errors[:5]) + more + "\nMend them, or set data.bad_rows: skip."
+        )
+    if not result.rows:
+        raise ValueError(f"There are no rows in {', '.join(files)}.")
+    result.skipped = errors
+    return result
+
+
+def detect(row: Row, where: str = "the first row") -> str:
+    """The format whose columns ``row`` has.
+
+    Raises:
+        ValueError: none fits; names the columns found and the mapping to write.
+    """
+    for name, kind in FORMATS.items():
+        if all(key in row for key in kind.required):
+            return name
+    wanted = "; ".join(f"{name}: {', '.join(kind.required)}" for name, kind in FORMATS.items())
+    pairs = [("question", "answer"), ("query", "response"), ("input", "output"), ("source", "target"), ("q", "a")]
+    pair = next((p for p in pairs if all(key in row for key in p)), None)
+    guess = pair or (tuple(row)[:2] if len(row) >= 2 else ("YOUR_PROMPT_COLUMN", "YOUR_ANSWER_COLUMN"))
+    raise ValueError(
+        f"{where} has the columns {', '.join(map(str, row))}, which fit no known format ({wanted}). "
+        f"Map yours to ours, for instance  data: {{columns: {{prompt: {guess[0]}, completion: {guess[1]}}}}}."
+    )
+
+
+def split(examples: list[Example], holdout: str | float, seed: int) -> tuple[list[Example], list[Example]]:
+    """(training rows, held-out rows). Rows with the same prompt stay on one side, so nothing leaks across.
+
+    ``auto`` holds out 5 %, at most 200 rows, and nothing from fewer than 20 rows.
+
+    Raises:
+        ValueError: ``holdout`` would leave nothing to train on.
+    """
+    if holdout == "auto":
+        wanted = min(200, max(2, round(0.05 * len(examples)))) if len(examples) >= 20 else 0
+    else:
+        wanted = round(float(holdout) * len(examples)) if float(holdout) < 1 else int(float(holdout))
+    if wanted == 0:
+        return examples, []
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(examples):
+        groups.setdefault(row.question, []).append(index)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    held: set[int] = set()
+    for group in order:
+        if len(held) >= wanted:
+            break
+        held.update(group)
+    if len(held) >= len(examples):
+        raise ValueError(f"data.holdout {holdout} would hold out all {len(examples)} rows and leave none to train on.")
+    return [r for i, r in enumerate(examples) if i not in held], [r for i, r in enumerate(examples) if i in held]
+
+
+def _require(row: Row, kind: str, where: str) -> None:
+    missing = [key for key in FORMATS[kind].required if key not in row]
+    if missing:
+        near = [m for key in missing for m in difflib.get_close_matches(key, map(str, row), 1)]
+        hint = f"; did you mean to map {missing[0]}: {near[0]}?" if near else ""
+        raise RowError(f"format '{kind}' needs {', '.join(missing)}, and the row has {', '.join(map(str, row))}{hint}")
+
+
+def _rename(row: Row, columns: dict[str, str], where: str) -> Row:
+    if not isinstance(row, dict):
+        raise RowError(f"a row must be an object with columns, and is {_brief(row)}")
+    missing = [theirs for theirs in columns.values() if theirs not in row]
+    if missing:
+        raise RowError(f"data.columns names {', '.join(missing)}, and the row has {', '.join(map(str, row))}")
+    return {**row, **{ours: row[theirs] for ours, theirs in columns.items()}} if columns else row
+
+
+def _brief(value: Any) -> str:
+    text = "missing" if value is None else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

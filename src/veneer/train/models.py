@@ -1,0 +1,147 @@
+"""Base models and tokenizers, loaded with the dtype, threads and device that suit the machine."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from veneer.train.config import Model
+
+transformers.utils.logging.disable_progress_bar()
+
+
+def device_of(model: Model) -> torch.device:
+    """The device to use: the one asked for, else an accelerator, else the CPU.
+
+    Raises:
+        ValueError: the device does not exist here.
+    """
+    if model.device == "auto":
+        return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+    try:
+        return torch.empty(0, device=model.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"model.device '{model.device}' cannot be used here: {str(error).splitlines()[0]}") from None
+
+
+def dtype_of(model: Model, device: torch.device) -> torch.dtype:
+    """bfloat16 where the hardware multiplies it fast, else float32: on plain CPUs bfloat16 is the slower one."""
+    if model.dtype != "auto":
+        return getattr(torch, model.dtype)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.float32
+
+
+def threads(wanted: int | str) -> int:
+    """Set torch's thread count; ``auto`` counts the cores this process may use, quota included."""
+    if wanted == "auto":
+        if "OMP_NUM_THREADS" in os.environ:
+            return torch.get_num_threads()
+        wanted = min(torch.get_num_threads(), _cores())
+    torch.set_num_threads(int(wanted))
+    return int(wanted)
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.is_file():
+        limit, period = quota.read_text().split()
+        if limit != "max":
+            cores = min(cores, max(1, round(int(limit) / int(period))))
+    return cores
+
+
+def load_config(model: Model) -> Any:
+    """The base's config.
+
+    Raises:
+        OSError: no such folder or id, in one sentence.
+    """
+    return _loading(model, model.path, lambda: AutoConfig.from_pretrained(model.path, **_common(model)))
+
+
+def load_tokenizer(model: Model) -> Any:
+    """The tokenizer, with ``model.chat_template`` in place if one is named.
+
+    Raises:
+        OSError: no such folder or id, or no such template file.
+    """
+    path = model.tokenizer or model.path
+    tokenizer = _loading(model, path, lambda: AutoTokenizer.from_pretrained(path, **_common(model)))
+    if model.chat_template:
+        file = Path(model.chat_template)
+        if not file.is_file():
+            raise FileNotFoundError(f"There is no chat template '{file}' (model.chat_template).")
+        tokenizer.chat_template = file.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_model(model: Model, dtype: torch.dtype | None = None) -> nn.Module:
+    """The base model on its device, in evaluation mode.
+
+    Args:
+        model: which model, and how.
+        dtype: in place of ``model.dtype``.
+
+    Raises:
+        OSError: no such folder or id.
+        ValueError: the device, or an attention implementation, cannot be used here.
+    """
+    device = device_of(model)
+    options = _common(model) | {"dtype": dtype or dtype_of(model, device)}
+    if model.attention != "auto":
+        options["attn_implementation"] = model.attention
+    loaded = _loading(model, model.path, lambda: AutoModelForCausalLM.from_pretrained(model.path, **options))
+    return loaded.to(device).eval()
+
+
+def meta_model(model: Model, config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model without its weights: names and shapes only."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+
+
+def _common(model: Model) -> dict[str, Any]:
+    return {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+
+
+def _loading(model: Model, path: str, load: Any) -> Any:
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        parent = Path(path).parent
+        near = difflib.get_close_matches(Path(path).name, [p.name for p in parent.iterdir()] if parent.is_dir() else [], 1)
+        raise FileNotFoundError(f"There is no model folder '{path}'" + (f"; did you mean {parent / near[0]}?" if near else "."))
+    try:
+        return load()
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"The model '{path}' could not be loaded: {reason}") from error
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest, of the device on CUDA, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, and only here
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory(device: torch.device) -> int:
+    """Bytes in use now."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return peak_memory(device)

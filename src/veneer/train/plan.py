@@ -1,0 +1,310 @@
+"""What a run will do, worked out before it does it: parameters, tokens, steps, memory, and time from one probe step.
+
+Memory needs no weights: the model is built on the meta device and one forward pass runs on fake tensors, which have shapes
+and no data, while a hook adds up what autograd keeps for the backward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import re
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from veneer.train import adapters, models, recipes
+from veneer.train.recipes import Prepared
+from veneer.train.tokens import IGNORED
+from veneer.train.trainer import takes_kept_logits, token_losses
+
+
+@dataclass
+class Group:
+    """Adapted places whose names differ only in layer numbers."""
+
+    name: str
+    places: int
+    trainable: int
+
+
+@dataclass
+class Memory:
+    """Bytes by what they hold; ``runtime`` is Python and the libraries."""
+
+    weights: int
+    adapters: int
+    gradients: int
+    optimiser: int
+    activations: int
+    runtime: int
+    available: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.adapters + self.gradients + self.optimiser + self.activations + self.runtime
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.available
+
+
+@dataclass
+class Probe:
+    """One real step on the longest batch, after one to warm up."""
+
+    seconds: float
+    tokens_per_second: float
+    peak_memory: int
+
+
+@dataclass
+class Plan:
+    """Everything the plan says; ``sample`` is (token's text, learnt) of the first row."""
+
+    model: str
+    dtype: str
+    device: str
+    threads: int
+    trainable: int
+    total: int
+    groups: list[Group]
+    train_rows: int
+    held_rows: int
+    tokens: int
+    learnt: int
+    quantiles: dict[str, int]
+    counts: dict[str, int]
+    sample: list[tuple[str, bool]]
+    schedule: recipes.Schedule
+    memory: Memory
+    run_tokens: int
+    config: dict[str, Any]
+    notices: list[str] = field(default_factory=list)
+    advice: str | None = None
+    probe: Probe | None = None
+
+    def to_json(self) -> str:
+        """The plan for machines."""
+        values = asdict(self)
+        values["memory"] |= {"total": self.memory.total, "fits": self.memory.fits}
+        return json.dumps(values, indent=2, ensure_ascii=False, default=str)
+
+
+def make(prepared: Prepared, probe: bool = False) -> Plan:
+    """The plan of a prepared run.
+
+    Args:
+        prepared: what ``recipes.prepare`` decided.
+        probe: load the model and take two real steps, for time and true memory.
+
+    Raises:
+        ValueError: the adapter matches nothing, or nothing would train.
+    """
+    config, train = prepared.config, prepared.train
+    used = models.threads(config.train.threads)
+    device = models.device_of(config.model)
+    dtype = models.dtype_of(config.model, device)
+    model = _skeleton(prepared, dtype)
+    trainable, total = recipes.counts(model)
+    if not trainable:
+        raise ValueError("Nothing would train: the adapter has 0 trainable parameters on this model.")
+    epochs = prepared.schedule.steps / prepared.schedule.per_epoch
+    plan = Plan(
+        model=config.model.path,
+        dtype=str(dtype).removeprefix("torch."),
+        device=str(device),
+        threads=used,
+        trainable=trainable,
+        total=total,
+        groups=groups(model),
+        train_rows=len(train),
+        held_rows=len(prepared.held),
+        tokens=train.tokens,
+        learnt=train.learnt,
+        quantiles=quantiles(train.lengths),
+        counts=dict(train.counts),
+        sample=sample(prepared),
+        schedule=prepared.schedule,
+        memory=_memory(prepared, model, dtype, device),
+        run_tokens=round(train.tokens * epochs),
+        config=config.model_dump(mode="json"),
+        notices=prepared.notices,
+    )
+    del model
+    if probe:
+        plan.probe = _probe(prepared)
+    plan.advice = None if plan.memory.fits else _advice(prepared, plan.memory)
+    return plan
+
+
+def groups(model: nn.Module) -> list[Group]:
+    """Trainable parameters gathered by place, layer numbers as ``*``."""
+    places: dict[str, set[str]] = {}
+    amounts: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            place = re.split(r"\.(?:adapters|lora_\w+|default|modules_to_save)\.|\.\w+$", name)[0]
+            place = place.removeprefix("base_model.model.")
+            pattern = re.sub(r"\.\d+(?=\.|$)", ".*", place)
+            places.setdefault(pattern, set()).add(place)
+            amounts[pattern] += parameter.numel()
+    return [Group(pattern, len(found), amounts[pattern]) for pattern, found in places.items()]
+
+
+def quantiles(lengths: list[int]) -> dict[str, int]:
+    """Token lengths of the rows, before truncation."""
+    ordered = sorted(lengths)
+    shares = {"least": 0.0, "half": 0.5, "90 %": 0.9, "99 %": 0.99, "most": 1.0}
+    return {name: ordered[round(share * (len(ordered) - 1))] for name, share in shares.items()}
+
+
+def sample(prepared: Prepared, row: int = 0) -> list[tuple[str, bool]]:
+    """One row token by token: its text, and whether it is learnt."""
+    ids, labels = prepared.train.rows[row]["input_ids"], prepared.train.rows[row]["labels"]
+    pieces: list[tuple[str, bool]] = []
+    done = ""
+    for end, label in enumerate(labels, 1):
+        text = prepared.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if text.endswith("�") and end < len(ids):  # a character of several tokens: shown with its last one
+            continue
+        pieces.append((text[len(done) :], label != IGNORED))
+        done = text
+    return pieces
+
+
+def _skeleton(prepared: Prepared, dtype: torch.dtype) -> Any:
+    """The adapted model on the meta device; an init that needs the weights is left out, its shapes are the same."""
+    base = prepared.base
+    config = copy.deepcopy(prepared.adapter)
+    try:
+        return adapters.attach(models.meta_model(prepared.config.model, base, dtype), config)
+    except (NotImplementedError, RuntimeError):
+        config = copy.deepcopy(prepared.adapter)
+        if not hasattr(config, "init_lora_weights"):
+            raise
+        config.init_lora_weights = True
+        return adapters.attach(models.meta_model(prepared.config.model, base, dtype), config)
+
+
+def _longest(prepared: Prepared) -> tuple[int, int]:
+    """(rows, length) of the largest batch."""
+    length = max(len(row["input_ids"]) for row in prepared.train.rows)
+    return min(prepared.config.train.batch_size, len(prepared.train)), length
+
+
+def _memory(prepared: Prepared, model: Any, dtype: torch.dtype, device: torch.device) -> Memory:
+    own = [p for p in model.parameters() if p.requires_grad]
+    frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
+    trained = sum(p.numel() * p.element_size() for p in own)
+    kept = _activations(prepared, model)
+    if prepared.config.train.gradient_checkpointing:
+        layers = getattr(prepared.base, "num_hidden_layers", 1)
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+        kept = _activations(prepared, model) + kept // max(1, layers)
+    moments = {"sgd": 0, "adafactor": 0}.get(prepared.config.train.optimizer, 2 * trained)
+    return Memory(frozen, trained, trained, moments, kept, _runtime(device), _available(device))
+
+
+def _activations(prepared: Prepared, model: Any) -> int:
+    """Bytes that autograd keeps of the largest batch, and twice its logits for the way back through the loss."""
+    rows, length = _longest(prepared)
+    model.train()
+    kept: dict[int, tuple[int, Tensor]] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = {
+            name: torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad)
+            for name, t in [*model.named_parameters(), *model.named_buffers()]
+        }
+        own = dict.fromkeys(t.untyped_storage()._cdata for t in state.values())
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                kept[storage._cdata] = (storage.nbytes(), tensor)  # holding it keeps its place from being used again
+            return tensor
+
+        inputs = {"input_ids": torch.ones(rows, length, dtype=torch.long), "use_cache": False}
+        inputs["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
+        if takes_kept_logits(model):
+            inputs["logits_to_keep"] = _learnt_places(prepared, rows, length)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logits = torch.func.functional_call(model, state, (), inputs).logits
+            flat = logits.flatten(0, 1).float()
+            F.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.long))
+    return sum(amount for amount, _ in kept.values()) + 2 * flat.numel() * 4
+
+
+def _learnt_places(prepared: Prepared, rows: int, length: int) -> int:
+    """How many positions of the largest batch need logits: as many as the longest learnt stretch in any row."""
+    longest = sorted(prepared.train.rows, key=lambda row: -len(row["input_ids"]))[:rows]
+    places = {i for row in longest for i, label in enumerate(row["labels"]) if label != IGNORED}
+    return min(length, max(1, len(places)))
+
+
+def _runtime(device: torch.device) -> int:
+    return models.memory(device) if device.type != "cuda" else 600 * 2**20  # a CUDA context with its kernels
+
+
+def _available(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable"):
+                found.append(int(line.split()[1]) * 1024 + models.memory(device))
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        if limit.isdigit():
+            found.append(int(limit))
+    except OSError:
+        pass
+    return min(found) if found else 2**63
+
+
+def _advice(prepared: Prepared, memory: Memory) -> str:
+    train = prepared.config.train
+    rest = memory.total - memory.activations
+    if rest > memory.available:
+        return "The weights alone do not fit: take a smaller model, or a half-precision model.dtype."
+    if train.batch_size > 1:
+        smaller = max(1, int(train.batch_size * (memory.available - rest) / memory.activations))
+        return (
+            f"Set train.batch_size: {smaller} and train.accumulate: {-(-train.batch_size * train.accumulate // smaller)}; "
+            "the steps stay the same."
+        )
+    if not train.gradient_checkpointing:
+        return "Set train.gradient_checkpointing: true (about a third slower)."
+    return "Lower data.max_length."
+
+
+def _probe(prepared: Prepared) -> Probe:
+    """Two forward and backward passes with an optimiser step on the longest batch; the second one is timed."""
+    model = recipes.build(prepared).train()
+    device = next(model.parameters()).device
+    rows = sorted(prepared.train.rows, key=lambda row: -len(row["input_ids"]))[: prepared.config.train.batch_size]
+    batch = {name: value.to(device) for name, value in prepared.collate(rows).items()}
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    seconds = 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        loss, count = token_losses(model, batch, takes_kept_logits(model))
+        (loss / count).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds = time.perf_counter() - began
+    tokens = int(batch["attention_mask"].sum())
+    result = Probe(seconds, tokens / seconds, models.peak_memory(device))
+    del model, optimiser
+    gc.collect()
+    return result

@@ -1,0 +1,142 @@
+"""transformers' Trainer, taught three things: the loss per learnt token, adapters as checkpoints, and whole checkpoints."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from veneer.train import adapters
+from veneer.train.tokens import IGNORED
+
+WHOLE = "complete.json"
+"""The last file of a checkpoint: one without it was cut off while it was written."""
+
+
+class Collate:
+    """Rows to a right-padded batch. Padding is told by place, so a pad token that is also the end token stays learnt."""
+
+    def __init__(self, pad: int, multiple: int = 1):
+        self.pad, self.multiple = pad, multiple
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        length = max(len(row["input_ids"]) for row in rows)
+        length = -(-length // self.multiple) * self.multiple
+        columns = {"input_ids": self.pad, "labels": IGNORED, "attention_mask": 0}
+        batch: dict[str, list[list[int]]] = {name: [] for name in columns}
+        for row in rows:
+            whole = {**row, "attention_mask": [1] * len(row["input_ids"])}
+            for name, filler in columns.items():
+                batch[name].append(whole[name] + [filler] * (length - len(row["input_ids"])))
+        return {name: torch.tensor(values) for name, values in batch.items()}
+
+
+def takes_kept_logits(model: nn.Module) -> bool:
+    """Whether the base can leave out the logits of positions that nobody asks for."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    prompts = any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values())
+    return "logits_to_keep" in inspect.signature(base.forward).parameters and not prompts
+
+
+def token_losses(model: nn.Module, batch: dict[str, Tensor], keep: bool) -> tuple[Tensor, Tensor]:
+    """(sum of -log p over the learnt tokens, their number).
+
+    Args:
+        model: a causal language model.
+        batch: ``input_ids``, ``attention_mask``, ``labels``, each (batch, length).
+        keep: compute logits only where some row has something to learn.
+    """
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    targets = batch["labels"][:, 1:]
+    if keep:
+        places = (targets != IGNORED).any(0).nonzero().squeeze(1)
+        logits = model(**inputs, use_cache=False, logits_to_keep=places).logits
+        targets = targets[:, places]
+    else:
+        logits = model(**inputs, use_cache=False).logits[:, -batch["labels"].shape[1] : -1]
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total, (targets != IGNORED).sum()
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, rows: list[dict[str, list[int]]], collate: Collate, batch_size: int) -> float:
+    """Mean loss per learnt token over all ``rows``, whatever the batches."""
+    training, keep = model.training, takes_kept_logits(model)
+    model.eval()
+    device = next(model.parameters()).device
+    total, count = 0.0, 0
+    ordered = sorted(rows, key=lambda row: len(row["input_ids"]))  # alike lengths together: less padding
+    for start in range(0, len(ordered), batch_size):
+        batch = {k: v.to(device) for k, v in collate(ordered[start : start + batch_size]).items()}
+        loss, tokens = token_losses(model, batch, keep)
+        total, count = total + loss.item(), count + int(tokens)
+    model.train(training)
+    return total / max(count, 1)
+
+
+class AdapterTrainer(Trainer):
+    """The loop for adapters over tokenised rows."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # our loss divides by the tokens of the whole accumulated step
+        self.keep = takes_kept_logits(self.model)
+        self.tokens_seen = 0
+
+    def compute_loss(  # type: ignore[override]
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """Sum over learnt tokens / learnt tokens of the whole step, plus the adapter's own penalty."""
+        self.tokens_seen += int(inputs["attention_mask"].sum())
+        total, tokens = token_losses(model, inputs, self.keep)
+        loss = total / (num_items_in_batch if num_items_in_batch is not None else tokens.clamp(min=1))
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes
+        extra = adapters.penalty(self.accelerator.unwrap_model(model))
+        return loss if extra is None else loss + extra / self.current_gradient_accumulation_steps
+
+    def evaluate(  # type: ignore[override]
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Held-out loss per token, so that it does not depend on how the rows fall into batches."""
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        loss = held_out_loss(self.model, rows, self.data_collator, self.args.per_device_eval_batch_size)
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.accelerator.unwrap_model(self.model).save_pretrained(str(folder))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        (folder / WHOLE).write_text(json.dumps({"step": self.state.global_step}))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        adapters.restore(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        adapters.restore(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The whole checkpoints in ``folder``, oldest first."""
+    found: Iterable[Path] = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    whole = [path for path in found if (path / WHOLE).is_file()]
+    return sorted(whole, key=lambda path: int(path.name.rsplit("-", 1)[1]))
