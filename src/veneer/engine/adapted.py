@@ -254,6 +254,15 @@ class Adapted(nn.Module):
         self.lent = None if residual is None else self.site.put(residual)
         self.guest = residual
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Adapted:
+        super()._apply(fn, recurse)
+        aside = [self.lent, *(a.residual for a in self.adapters.values())]  # weights that no module holds now
+        for parameters in aside:
+            for parameter in (parameters or {}).values():
+                if parameter is not None and parameters is not self.guest:
+                    parameter.data = fn(parameter.data)
+        return self
+
     # ---- what strangers read ----------------------------------------------------------------------------------------
     def get_base_layer(self) -> nn.Module:
         """The layer under all wrappers."""

@@ -11,7 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from veneer.core import registry
 from veneer.core.adapter import Adapter
+from veneer.core.config import PeftConfig
 from veneer.core.files import write_bytes
 from veneer.core.patterns import nearest
 from veneer.engine.tuner import Tuner
@@ -73,8 +75,22 @@ def holders(tuner: Tuner, name: str) -> Iterator[tuple[str, nn.Module, Adapter |
         yield SHARED_PREFIX, tuner.shared[name], None
 
 
-def tensors(tuner: Tuner, name: str) -> dict[str, Tensor]:
+def config(tuner: Tuner, name: str, convert: bool = True) -> PeftConfig:
+    """The settings that go with ``tensors``."""
+    own = tuner.configs[name]
+    build = registry.of(str(own.peft_type)).build
+    if not convert or not issubclass(build, Adapter):
+        return own
+    return build.original_config(own, [adapter for _, adapter in tuner.adapters(name)])
+
+
+def tensors(tuner: Tuner, name: str, convert: bool = True) -> dict[str, Tensor]:
     """One adapter's tensors under their keys on disk; the adapter's name is in none of them.
+
+    Args:
+        tuner: the tuner that holds the adapter.
+        name: the adapter.
+        convert: where a start replaced base weights, give the adapter in the form that fits the original base.
 
     Raises:
         ValueError: no such adapter, or a tensor that is empty (a shard whose parts are elsewhere).
@@ -82,7 +98,8 @@ def tensors(tuner: Tuner, name: str) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for prefix, holder, adapter in holders(tuner, name):
         own = dict(holder.state_dict())
-        own = adapter.outgoing(own) if adapter is not None else own
+        if adapter is not None:
+            own = adapter.outgoing(adapter.original_form(own) if convert else own)
         out |= {prefix + key: value for key, value in own.items()}
     if name in tuner.prompts:
         out |= prompt_tensors(tuner.prompts[name])
@@ -131,6 +148,11 @@ def put(
     _judge(report, name, strict, ignore_mismatched_sizes)
     for holder, key, value in writes:
         _assign(holder, key, value)
+    with tuner.disabled():  # the base's own weights are in place, from which a start's are derived
+        for _, _, adapter in longest_first:
+            if adapter is not None:
+                adapter.ready()
+    tuner.refresh()
     report.loaded = len(writes)
     return report
 

@@ -73,11 +73,15 @@ class Tuner(nn.Module):
             ValueError: a bad or taken name, a config that matches nothing, or a layer the method cannot sit at.
         """
         self._check_name(name)
-        drawn = blueprint.draw(self.model, config, self.inputs, only)
+        with self.disabled():  # a start reads the base's own weights
+            drawn = blueprint.draw(self.model, config, self.inputs, only)
+            for site, adapter in drawn.pairs:
+                blueprint.placed(adapter, site, device, autocast_adapter_dtype and not adapter.keeps_dtype)
+                adapter.ready()
         self._freeze_base()
 
-        def placed(module: nn.Module, at: Any, keeps_dtype: bool = False) -> Any:
-            return blueprint.placed(module, at, device, autocast_adapter_dtype and not keeps_dtype)
+        def placed(module: nn.Module, at: Any) -> Any:
+            return blueprint.placed(module, at, device, autocast_adapter_dtype)
 
         if drawn.prompt is not None:
             self.prompts[name] = placed(drawn.prompt, drawn.prompt)
@@ -85,7 +89,7 @@ class Tuner(nn.Module):
             self.shared[name] = placed(drawn.shared, drawn.own[0])
         self._hosts[name] = []
         for site, adapter in drawn.pairs:
-            self._plant(name, site, placed(adapter, site, adapter.keeps_dtype))
+            self._plant(name, site, adapter)
         self.configs[name] = config
         self._train(name, False)
         self._watch()
@@ -386,6 +390,12 @@ class Tuner(nn.Module):
                     "start, so they cannot be active together; convert them to plain LoRA first."
                 )
             host.lend(host.adapters[wanted[0]].residual if wanted and self.state.enabled else None)
+
+    def refresh(self) -> None:
+        """Take note of base weights that starts or files have replaced in adapters that were planted before."""
+        replaced = [h for h in self._all_hosts() if any(a.residual is not None for a in h.adapters.values())]
+        self._split_hosts = list(dict.fromkeys([*self._split_hosts, *replaced]))
+        self._settle()
 
     def route(self, names: Sequence[str] | None) -> None:
         """One adapter name per row of the batches to come (``"__base__"``: none), until the next call of ``route``.

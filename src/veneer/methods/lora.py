@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.adapter import Additive
@@ -129,6 +130,7 @@ VARIANTS_BY_FIELD = {
 }
 KNOWN_STARTS = ("pissa", "olora", "milora", "mica", "orthogonal", "loftq", "eva", "corda", "lora_ga")
 
+Factors = tuple[Tensor, Tensor]
 Start = Callable[["Lora", LoraConfig], None]
 STARTS: dict[str, Start] = {}
 """Name of a start -> what sets A and B (and may ``rebase``). Modules of starts add to it with ``start``."""
@@ -212,24 +214,47 @@ class Lora(Additive):
             nn.init.zeros_(b)
 
     def delta(self, x: Tensor) -> Tensor:
+        return self.branch(x, self.lora_dropout.p if self.training else 0.0)
+
+    def branch(self, x: Tensor, dropout: float = 0.0) -> Tensor:
+        """``s B A drop(x)``."""
         if self.site.kernel:
-            return self.lora_B(self.lora_A(self.lora_dropout(x))) * self.scaling
-        p = self.lora_dropout.p if self.training else 0.0
-        return lowrank(x, self.lora_A.weight, self.lora_B.weight, self.scaling, p, self.lora_B.bias)
+            return self.lora_B(self.lora_A(F.dropout(x, dropout) if dropout else x)) * self.scaling
+        return lowrank(x, self.lora_A.weight, self.lora_B.weight, self.scaling, dropout, self.lora_B.bias)
 
     def delta_weight(self) -> Tensor:
-        a, b = self.lora_A.weight, self.lora_B.weight
+        a, b = self.matrices()
+        return (self.scaling * (b @ a)).reshape(self.site.shape)
+
+    def matrices(self, factors: Factors | None = None) -> Factors:
+        """(A, B) as matrices: s B A is the delta, up to its shape; a leading dimension counts groups or experts.
+
+        Args:
+            factors: others of any rank in this layer's layout; default: its own.
+
+        Returns:
+            A (..., r, in * kernel) and B (..., out, r), r and out counted per group.
+        """
+        a, b = factors or self.factors()
         if not self.site.kernel:
-            return self.scaling * (b @ a)
+            return a, b
         groups = self.lora_A.groups
         if groups != self.site.groups:
             raise ValueError(
-                f"LoRA at '{self.site.path}' mixes the layer's {self.site.groups} groups, so its delta is no grouped "
-                f"weight and cannot be merged; train it anew with a rank that is a multiple of {self.site.groups}."
+                f"LoRA at '{self.site.path}' mixes the layer's {self.site.groups} groups, so its delta is no grouped weight "
+                f"to merge or to take a norm of; train it anew with a rank that is a multiple of {self.site.groups}."
             )
-        a = a.reshape(groups, self.r // groups, -1)  # (g, r/g, in/g * kernel)
-        b = b.reshape(groups, -1, self.r // groups)  # (g, out/g, r/g)
-        return self.scaling * (b @ a).reshape(self.site.shape)
+        return a.reshape(groups, a.shape[0] // groups, -1), b.reshape(groups, -1, b.shape[1])
+
+    def laid_out(self, a: Tensor, b: Tensor) -> Factors:
+        """The inverse of ``matrices``."""
+        return a.reshape(-1, *self.factors()[0].shape[1:]), b.reshape(-1, b.shape[-1], *[1] * len(self.site.kernel))
+
+    factor_names: ClassVar[tuple[str, str]] = ("lora_A.weight", "lora_B.weight")
+
+    def factors(self) -> Factors:
+        """A and B in their own layout."""
+        return self.lora_A.weight, self.lora_B.weight
 
     def delta_bias(self) -> Tensor | None:
         return None if self.lora_B.bias is None else self.scaling * self.lora_B.bias
@@ -270,12 +295,14 @@ class LoraEmbedding(Lora):
         if how is False:
             nn.init.normal_(self.lora_embedding_A)
 
-    def delta(self, x: Tensor) -> Tensor:
+    def branch(self, x: Tensor, dropout: float = 0.0) -> Tensor:
         y = self.site.lookup(x, self.lora_embedding_A.T) @ self.lora_embedding_B.T
         return y * (self.scaling * self.site.scale)
 
-    def delta_weight(self) -> Tensor:
-        return self.scaling * (self.lora_embedding_B @ self.lora_embedding_A)
+    factor_names = ("lora_embedding_A", "lora_embedding_B")
+
+    def factors(self) -> Factors:
+        return self.lora_embedding_A, self.lora_embedding_B
 
     def delta_bias(self) -> None:
         return None
@@ -292,13 +319,16 @@ class LoraWeight(Lora):
             )
         self.lora_A, self.lora_B = site.factors(config.r * (site.stack or 1))
 
-    def delta_weight(self) -> Tensor:
-        a, b, stack = self.lora_A.weight, self.lora_B.weight, self.site.stack
+    def matrices(self, factors: Factors | None = None) -> Factors:
+        (a, b), stack = factors or self.factors(), self.site.stack
         if stack is None:
-            return self.scaling * (b @ a)
-        a = a.reshape(stack, self.r, -1)  # (E, r, in)
-        b = b.reshape(b.shape[0], self.r, stack)  # (out, r, E)
-        return self.scaling * torch.einsum("ore,eri->eoi", b, a)
+            return a, b
+        return a.reshape(stack, -1, a.shape[1]), b.reshape(b.shape[0], -1, stack).permute(2, 0, 1)
+
+    def laid_out(self, a: Tensor, b: Tensor) -> Factors:
+        if self.site.stack is None:
+            return a, b
+        return a.reshape(-1, a.shape[-1]), b.permute(1, 2, 0).reshape(b.shape[1], -1)
 
 
 def _kind(build: type[Lora], kind: str, plain: type[Lora], site: Site) -> type[Lora]:
