@@ -11,9 +11,12 @@ from torch import nn
 
 from veneer.core import registry
 from veneer.core.config import PeftConfig
+from veneer.core.sites import Site
 from veneer.engine.targets import ALL_LINEAR, walk
 from veneer.engine.tuner import Tuner
 from veneer.hf.architectures import default_targets, present
+from veneer.hf.layer_face import PeftLayer
+from veneer.hf.replicate import Replication, check_agrees, ranges_of, replicate
 
 
 class PeftTuner(Tuner):
@@ -39,6 +42,7 @@ class PeftTuner(Tuner):
         **kwargs: Any,
     ):
         super().__init__(model)
+        self.replication: Replication | None = None
         configs = config if isinstance(config, dict) else {adapter_name: config} if config is not None else {}
         for name, one in configs.items():
             self.inject(name, one, low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -48,10 +52,44 @@ class PeftTuner(Tuner):
 
     def inject(self, name: str, config: PeftConfig, *, low_cpu_mem_usage: bool = False, **kwargs: Any) -> None:
         """``add`` after the model family's defaults were filled in."""
-        fill_defaults(self.model, config)
-        own = self.add(name, config, device="meta" if low_cpu_mem_usage else None, **kwargs)
+        deepened = self._deepen(name, config)
+        try:
+            fill_defaults(self.model, config)
+            own = self.add(name, config, device="meta" if low_cpu_mem_usage else None, **kwargs)
+        except BaseException:
+            if deepened:
+                self._undeepen()
+            raise
         if getattr(config, "target_modules", None) == ALL_LINEAR:
             config.target_modules = names_of(self.model, [site.path for site in own])  # type: ignore[attr-defined]
+
+    def _wrapped(self, layer: nn.Module, site: Site) -> PeftLayer:
+        return PeftLayer(layer, site, self.state, self)
+
+    # ---- layer replication ------------------------------------------------------------------------------------------
+    def _deepen(self, name: str, config: PeftConfig) -> bool:
+        """Replicate the layers that ``config`` asks for, unless the model has them already."""
+        check_agrees(self.replication, config, name, self.configs)
+        ranges = ranges_of(config)
+        if ranges is None or self.replication is not None:
+            return False
+        self.replication = replicate(self.model, ranges)
+        return True
+
+    def _undeepen(self, merged: bool = False) -> None:
+        if self.replication is not None:
+            self.replication.unshare() if merged else self.replication.undo()
+        self.replication = None
+
+    def delete(self, name: str) -> None:
+        super().delete(name)
+        if not self.configs:
+            self._undeepen()
+
+    def unload(self, *, merge: bool = False, **kwargs: Any) -> nn.Module:
+        model = super().unload(merge=merge, **kwargs)
+        self._undeepen(merged=merge)
+        return model
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:

@@ -1,0 +1,322 @@
+"""The peer's words on an adapted layer: what other libraries read, call and check there."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core import quant, registry
+from veneer.core.adapter import Additive
+from veneer.core.sites import Site
+from veneer.engine.adapted import Adapted, State
+from veneer.engine.tuner import Tuner
+
+
+class PeftLayer(Adapted):
+    """An adapted layer that answers to the method names people call on PEFT's layers."""
+
+    def __init__(self, base_layer: nn.Module, site: Site, state: State, tuner: Tuner):
+        super().__init__(base_layer, site, state)
+        self.__dict__["_owner"] = _Weak(tuner)
+
+    @property
+    def _tuner(self) -> Tuner | None:
+        return self.__dict__["_owner"].get()
+
+    # ---- choosing -------------------------------------------------------------------------------------------------
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.state.active)
+
+    @property
+    def active_adapter(self) -> list[str]:
+        return list(self.state.active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return not self.state.enabled
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters of the model on or off; there is one switch for all its layers."""
+        tuner = self._tuner
+        if tuner is not None:
+            tuner.set_enabled(enabled)
+        else:
+            self.state.enabled = enabled
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make these adapters active; which are is one list for all layers of the model."""
+        names, tuner = tuple(_listed(adapter_names)), self._tuner
+        if tuner is not None and self.state.active != names and all(n in tuner.configs for n in names):
+            tuner.set_active(*names, trainable=not inference_mode)
+        elif tuner is None:
+            self.state.active = names
+        for name in self.adapters:
+            self.set_requires_grad(name, name in names and not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        for name in _listed(adapter_names):
+            if name in self.adapters:
+                adapter = self.adapters[name]
+                for key, parameter in adapter.named_parameters():
+                    parameter.requires_grad_(requires_grad and key not in adapter.fixed)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
+        """Take one adapter out of this layer; it is gone from the model when it is gone from all layers."""
+        if adapter_name not in self.adapters:
+            return
+        if adapter_name in self.merged_names:
+            self.unmerge()
+        del self.adapters[adapter_name]
+        self.gains.pop(adapter_name, None)
+        tuner = self._tuner
+        if tuner is None:
+            return
+        left = tuner._hosts.get(adapter_name, [])
+        left[:] = [host for host in left if host is not self]
+        if not left and adapter_name in tuner.configs and adapter_name not in tuner.prompts:
+            tuner.delete(adapter_name)
+
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        return next((name for name in _listed(adapter_name) if name in self.adapters), None)
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.adapters)
+
+    def _all_available_adapter_names(self) -> list[str]:
+        return sorted(self.adapters)
+
+    # ---- strength ---------------------------------------------------------------------------------------------------
+    @property
+    def scaling(self) -> _Scalings:
+        """adapter -> its factor now; assigning an entry changes the strength."""
+        if not self.each("scaling"):
+            raise AttributeError("scaling")
+        return _Scalings(self)
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Have the adapter act ``scale`` times as strongly as it was trained."""
+        if adapter in self.adapters:
+            self._set_gain(adapter, scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the strength of the active adapters."""
+        for name in self.state.active:
+            if name in self.adapters and scale != 1:
+                self._set_gain(name, self.gains.get(name, 1.0) * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the strength of the active adapters by ``scale``, or, without one, set it back."""
+        for name in self.state.active:
+            if name in self.adapters:
+                self._set_gain(name, 1.0 if scale is None else self.gains.get(name, 1.0) / scale)
+
+    def _set_gain(self, name: str, gain: float | Tensor) -> None:
+        if isinstance(gain, float | int) and gain == 1:
+            self.gains.pop(name, None)
+        else:
+            self.gains[name] = gain
+
+    # ---- merging ----------------------------------------------------------------------------------------------------
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Fold adapters (default: the active ones) into this layer alone.
+
+        Raises:
+            ValueError: an adapter without a weight, or with ``safe_merge`` a result that is not finite.
+        """
+        names = [n for n in (adapter_names or self.state.active) if n in self.adapters]
+        names = [n for n in names if n not in self.merged_names and self.adapters[n].replacement() is None]
+        self.fold_in(names, check=safe_merge)
+        self._tell()
+
+    def unmerge(self) -> None:
+        self.fold_out()
+        self._tell()
+
+    def _tell(self) -> None:
+        tuner = self._tuner
+        if tuner is not None:
+            tuner._merged_hosts = [host for host in tuner._all_hosts(innermost_first=True) if host.merged_names]
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_names)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        return list(self.merged_names)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What a merge of this adapter adds to the weight, in the layer's own layout."""
+        own = self.adapters[adapter]
+        weight, bias = self.site.weight.float(), self.site.bias
+        delta = own.delta_weight() if isinstance(own, Additive) else own.merged(weight, bias)[0] - weight
+        gain = self._gain(adapter)
+        return self.site._stored_form(delta if gain is None else gain * delta)
+
+    def get_base_weight(self) -> Tensor:
+        """The base layer's weight, unpacked, in the layer's own layout."""
+        return quant.dense(self.get_base_layer(), self.site.stored)
+
+    # ---- what is here -----------------------------------------------------------------------------------------------
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """The attributes that hold trained tensors."""
+        found = [key.partition(".")[0] for adapter in self.adapters.values() for key, _ in adapter.named_parameters()]
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """The attributes that hold an adapter's numbers."""
+        return tuple(name for name in ("r", "lora_alpha", "alpha", "scaling", "lora_dropout") if self.each(name))
+
+    @property
+    def quantization_backend(self) -> str | None:
+        row = quant.backend(self.get_base_layer())
+        return None if row is None else row.name
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return adapter_name in self.adapters and isinstance(self.adapters[adapter_name], Additive)
+
+    def each(self, leaf: str) -> dict[str, Any]:
+        return _Named(super().each(leaf))
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _WRAPPER_NAMES:  # only where there are copies: their absence tells others what this is not
+            copies = _Named({n: c for n, a in self.adapters.items() if (c := a.replacement()) is not None})
+            if not copies:
+                raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+            return copies if name == "modules_to_save" else self.get_base_layer()
+        return super().__getattr__(name)
+
+
+_WRAPPER_NAMES = ("modules_to_save", "original_module")
+
+
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+class _Weak:
+    """A reference to a layer's tuner that a copy of the layer alone does not drag along."""
+
+    def __init__(self, target: Tuner | None):
+        self.target = None if target is None else weakref.ref(target)
+
+    def get(self) -> Tuner | None:
+        return None if self.target is None else self.target()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Weak:
+        return _Weak(memo.get(id(self.get())))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Weak, (None,)
+
+
+class _Named(dict):
+    """A dict whose string keys can be read as attributes, as those of a ``ModuleDict`` can."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+
+class _Scalings(MutableMapping):
+    """adapter -> scaling of one layer, written through to the layer's gains."""
+
+    def __init__(self, layer: PeftLayer):
+        self.layer = layer
+
+    def __getitem__(self, name: str) -> Any:
+        return self.layer.each("scaling")[name] * self.layer.gains.get(name, 1.0)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        own = self.layer.each("scaling")[name]
+        if own:
+            self.layer._set_gain(name, value / own)
+        else:
+            self.layer.adapters[name].scaling = value
+
+    def __delitem__(self, name: str) -> None:
+        raise TypeError("An adapter's scaling cannot be deleted; set it to 0 to silence the adapter.")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layer.each("scaling"))
+
+    def __len__(self) -> int:
+        return len(self.layer.each("scaling"))
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+# ---- classes that others check against ----------------------------------------------------------------------------
+class Face(type):
+    """A class without instances of its own: what is one of it is told by what the layer holds."""
+
+    says: Callable[[Any], bool]
+
+    def __instancecheck__(cls, thing: Any) -> bool:
+        return bool(cls.says(thing)) if "says" in vars(cls) else super().__instancecheck__(thing)
+
+
+def face(name: str, doc: str, says: Callable[[Any], bool]) -> type:
+    """A class called ``name`` whose instances are those for which ``says`` holds."""
+    return Face(name, (), {"__doc__": doc, "says": staticmethod(says), "__module__": __name__})
+
+
+def holding(peft_type: str, kinds: Sequence[str] = ()) -> Callable[[Any], bool]:
+    """Whether a module is an adapted layer (of one of ``kinds`` of sites, if given) with an adapter of this method."""
+
+    def says(thing: Any) -> bool:
+        if not isinstance(thing, Adapted) or (kinds and thing.site.kind not in kinds):
+            return False
+        row = registry.METHODS.get(peft_type)
+        return row is not None and any(isinstance(a, row.build) for a in thing.adapters.values())
+
+    return says
+
+
+def _is_helper(thing: Any, *options: str) -> bool:
+    builds = tuple(b for option, b in registry.AUXILIARY.items() if not options or option in options)
+    return isinstance(thing, Adapted) and any(isinstance(a, builds) for a in thing.adapters.values())
+
+
+def _is_tuner_layer(thing: Any) -> bool:
+    """An adapted layer, unless all that it holds are helpers (copies, trained rows, biases)."""
+    if not isinstance(thing, Adapted):
+        return False
+    helpers = tuple(registry.AUXILIARY.values())
+    return not len(thing.adapters) or any(not isinstance(a, helpers) for a in thing.adapters.values())
+
+
+BaseTunerLayer = face("BaseTunerLayer", "Any layer that a method's adapters are around.", _is_tuner_layer)
+AuxiliaryTrainingWrapper = face(
+    "AuxiliaryTrainingWrapper",
+    "A module with a trained copy or trained rows beside the method.",
+    lambda thing: _is_helper(thing, "modules_to_save", "trainable_token_indices"),
+)
+ModulesToSaveWrapper = face(
+    "ModulesToSaveWrapper", "A module with a trained copy.", lambda thing: _is_helper(thing, "modules_to_save")
+)
+TrainableTokensWrapper = face(
+    "TrainableTokensWrapper", "A module with trained rows.", lambda thing: _is_helper(thing, "trainable_token_indices")
+)
+LoraLayer = face("LoraLayer", "An adapted layer that holds a LoRA adapter.", holding("LORA"))
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Bring an adapter's half-precision tensors to float32; tensors of a copied module keep their dtype."""
+    if not autocast_adapter_dtype:
+        return
+    for module in model.modules():
+        if isinstance(module, Adapted) and adapter_name in module.adapters:
+            adapter = module.adapters[adapter_name]
+            if not adapter.keeps_dtype and adapter.dtype in (torch.float16, torch.bfloat16):
+                adapter.float()
