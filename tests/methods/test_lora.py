@@ -85,7 +85,8 @@ NO = {("embedding", "lora_bias"), ("conv2d_grouped", "odd_rank")}
 NO |= {(kind, option) for kind in WEIGHT_ONLY for option in ("dropout", "lora_bias")}
 """What both sides refuse, or (an odd rank over groups) the peer alone."""
 BY_KIND = [
-    "linear", "linear_no_bias", "conv1d_hf", "conv1d", "conv2d", "conv2d_1x1", "conv2d_grouped", "embedding", *WEIGHT_ONLY,
+    "linear", "linear_no_bias", "conv1d_hf", "conv1d", "conv2d", "conv2d_1x1", "conv2d_grouped", "embedding",
+    *WEIGHT_ONLY,
 ]  # fmt: skip
 
 

@@ -241,8 +241,8 @@ class Lora(Additive):
         groups = self.lora_A.groups
         if groups != self.site.groups:
             raise ValueError(
-                f"LoRA at '{self.site.path}' mixes the layer's {self.site.groups} groups, so its delta is no grouped weight "
-                f"to merge or to take a norm of; train it anew with a rank that is a multiple of {self.site.groups}."
+                f"LoRA at '{self.site.path}' mixes the layer's {self.site.groups} groups, so its delta is no grouped "
+                f"weight and cannot be merged; train it anew with a rank that is a multiple of {self.site.groups}."
             )
         return a.reshape(groups, a.shape[0] // groups, -1), b.reshape(groups, -1, b.shape[1])
 
