@@ -25,8 +25,8 @@ class Case:
     inputs: Callable[[], dict[str, torch.Tensor]] = dict
     save: dict[str, Any] = field(default_factory=dict)
     merges: bool = True
-    trust_merge: bool = False
-    """The peer's forward is known to be wrong and its merge to be right."""
+    right: Callable[[nn.Module, dict[str, torch.Tensor]], None] | None = None
+    """Where the peer's answer is known to be wrong: writes the adapter's tensors into the base as they should act."""
     size: float = 0.2
     seed: int = 1
 
@@ -43,7 +43,9 @@ def linear(name: str, kind: str, base: str = "mlp", case: dict[str, Any] | None 
 
 def lora(name: str, base: str, targets: Any = ("layer",), case: dict[str, Any] | None = None, **fields: Any) -> Case:
     targets = targets if isinstance(targets, str) or targets is None else list(targets)
-    return Case(f"lora_{name}", base, of("Lora", **{"r": 2, "lora_alpha": 4, **fields}, target_modules=targets), **(case or {}))
+    return Case(
+        f"lora_{name}", base, of("Lora", **{"r": 2, "lora_alpha": 4, **fields}, target_modules=targets), **(case or {})
+    )
 
 
 def prune(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
@@ -59,8 +61,20 @@ def prune(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
 def new_rows(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
     """Rows that were added to the vocabulary and trained outside the adapter."""
     with torch.no_grad():
-        for embedding in (model.get_base_model().get_input_embeddings(), model.get_base_model().get_output_embeddings()):
+        for embedding in (
+            model.get_base_model().get_input_embeddings(),
+            model.get_base_model().get_output_embeddings(),
+        ):
             embedding.weight[24:] = torch.linspace(-1, 1, 64).view(8, 8)
+
+
+def attention_once(base: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """LoRA on attention, each delta added once; the peer adds that of the output projection twice (peft PR 3774)."""
+    at = "base_model.model.attn."
+    weights = {at: base.attn.in_proj_weight, at + "base_layer.out_proj.": base.attn.out_proj.weight}
+    with torch.no_grad():
+        for key, weight in weights.items():
+            weight += 2 * tensors[key + "lora_B.weight"] @ tensors[key + "lora_A.weight"]
 
 
 def tasks() -> dict[str, torch.Tensor]:
@@ -90,8 +104,7 @@ LORA = [
     lora("conv2d", "conv2d"),
     lora("conv3d", "conv3d"),
     lora("embedding", "embedding"),
-    # The peer's forward adds the delta of out_proj twice; its merge adds it once.
-    lora("mha", "mha", ("attn",), {"trust_merge": True}),
+    lora("mha", "mha", ("attn",), {"right": attention_once}),
     lora("experts", "experts", None, target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
     lora("experts_one", "experts", ("head",), target_parameters=["experts.down_proj"]),
     lora("experts_turned", "experts_turned", None, target_parameters=["gate_up_proj", "experts.down_proj"]),
@@ -106,7 +119,12 @@ LORA = [
     lora("gpt2", "gpt2", ("c_attn", "c_proj"), fan_in_fan_out=True, **LM),
     lora("t5", "t5", ("q", "v"), task_type="SEQ_2_SEQ_LM"),
     lora("replicated", "llama", QV, {"merges": False}, layer_replication=[(0, 2), (1, 2)], **LM),
-    lora("bdlora", "mlp", ("fc1", "fc2"), use_bdlora={"target_modules_bd_a": ["fc1"], "target_modules_bd_b": ["fc2"], "nblocks": 2}),
+    lora(
+        "bdlora",
+        "mlp",
+        ("fc1", "fc2"),
+        use_bdlora={"target_modules_bd_a": ["fc1"], "target_modules_bd_b": ["fc2"], "nblocks": 2},
+    ),
     lora("kasa", "mlp", ("fc1", "fc2"), kasa_config={"beta": 1e-4}),
 ]
 
@@ -176,7 +194,11 @@ OTHER_LAYERS = [
     Case("loha_conv2d_effective", "conv2d", of("LoHa", r=2, target_modules=["layer"], use_effective_conv2d=True)),
     Case("lokr_conv2d", "conv2d", of("LoKr", r=1, target_modules=["layer"])),
     Case("lokr_conv2d_effective", "conv2d", of("LoKr", r=1, target_modules=["layer"], use_effective_conv2d=True)),
-    Case("adalora_conv1d_hf", "conv1d_hf", of("AdaLora", init_r=3, target_r=2, total_step=9, target_modules=["layer"], fan_in_fan_out=True)),
+    Case(
+        "adalora_conv1d_hf",
+        "conv1d_hf",
+        of("AdaLora", init_r=3, target_r=2, total_step=9, target_modules=["layer"], fan_in_fan_out=True),
+    ),
     Case("boft_conv2d", "conv2d", of("BOFT", target_modules=["layer"], boft_block_size=3)),
     Case("hra_conv2d", "conv2d", of("HRA", r=2, target_modules=["layer"])),
     Case("oft_embedding", "embedding", of("OFT", oft_block_size=4, target_modules=["layer"])),
@@ -191,12 +213,40 @@ PROMPTS = [
     Case("prompt_tuning", "llama", of("PromptTuning", num_virtual_tokens=3, **LM), merges=False),
     Case("prompt_tuning_t5", "t5", of("PromptTuning", num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM"), merges=False),
     Case("p_tuning", "llama", of("PromptEncoder", num_virtual_tokens=3, encoder_hidden_size=8, **LM), merges=False),
-    Case("p_tuning_lstm", "llama", of("PromptEncoder", num_virtual_tokens=3, encoder_hidden_size=8, encoder_reparameterization_type="LSTM", **LM), merges=False),
+    Case(
+        "p_tuning_lstm",
+        "llama",
+        of("PromptEncoder", num_virtual_tokens=3, encoder_hidden_size=8, encoder_reparameterization_type="LSTM", **LM),
+        merges=False,
+    ),
     Case("prefix_tuning", "llama", of("PrefixTuning", num_virtual_tokens=3, **LM), merges=False),
-    Case("prefix_tuning_projection", "llama", of("PrefixTuning", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8, **LM), merges=False),
+    Case(
+        "prefix_tuning_projection",
+        "llama",
+        of("PrefixTuning", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8, **LM),
+        merges=False,
+    ),
     Case("prefix_tuning_gpt2", "gpt2", of("PrefixTuning", num_virtual_tokens=3, **LM), merges=False),
-    Case("multitask_prompt_tuning", "llama", of("MultitaskPromptTuning", num_virtual_tokens=3, num_tasks=2, num_ranks=2, **LM), merges=False, inputs=lambda: {"task_ids": torch.tensor([0, 1])}),
-    Case("cpt", "llama", of("CPT", num_virtual_tokens=4, cpt_token_ids=[3, 4, 5, 6], cpt_mask=[1] * 4, cpt_tokens_type_mask=[1, 2, 3, 4], **LM), merges=False),
+    Case(
+        "multitask_prompt_tuning",
+        "llama",
+        of("MultitaskPromptTuning", num_virtual_tokens=3, num_tasks=2, num_ranks=2, **LM),
+        merges=False,
+        inputs=lambda: {"task_ids": torch.tensor([0, 1])},
+    ),
+    Case(
+        "cpt",
+        "llama",
+        of(
+            "CPT",
+            num_virtual_tokens=4,
+            cpt_token_ids=[3, 4, 5, 6],
+            cpt_mask=[1] * 4,
+            cpt_tokens_type_mask=[1, 2, 3, 4],
+            **LM,
+        ),
+        merges=False,
+    ),
     Case("cartridge", "llama", of("Cartridge", num_virtual_tokens=3, num_frozen_tokens=1, **LM), merges=False),
     Case("adaption_prompt", "llama", of("AdaptionPrompt", adapter_len=3, adapter_layers=1, **LM), merges=False),
     Case("shadow", "llama", of("Shadow", r=2, shadow_num_hidden_layers=1, **LM), merges=False),
