@@ -6,7 +6,10 @@ Names are loaded when they are first used, so ``import veneer`` costs next to no
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
+
+from veneer.core import files
 
 __version__ = "0.1.0"
 
@@ -32,6 +35,14 @@ _HOMES = {
     "veneer.hf.as_peft": ["install_as_peft"],
 }  # fmt: skip
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def _download(repo: str, filename: str, **kwargs: Any) -> Path:
+    """What ``PeftConfig.from_pretrained`` asks for a hub id; the hub's own code is loaded then."""
+    return importlib.import_module("veneer.hf.hub").download(repo, filename, **kwargs)
+
+
+files.resolver = _download
 
 
 def __getattr__(name: str) -> Any:

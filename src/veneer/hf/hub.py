@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from veneer.core import files
 from veneer.core.config import CONFIG_NAME
 from veneer.hf import card
 
@@ -201,6 +200,3 @@ def push_to_hub(
     return hub.upload_folder(
         repo_id=repo, folder_path=folder, commit_message=commit_message, revision=revision, create_pr=create_pr
     )
-
-
-files.resolver = download
