@@ -12,13 +12,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-VOCABULARY = "<pad> <s> </s> <unk> a b c d e f g h i j k l".split()
+VOCABULARY = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijkl"]
 
 
 def llama(layers: int = 2, **kwargs) -> LlamaForCausalLM:
     torch.manual_seed(0)
     settings = {
-        "vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2,
+        "vocab_size": 16, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2,
+        "num_key_value_heads": 2,
         "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 64,
     }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **(settings | kwargs))).eval()
