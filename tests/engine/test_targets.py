@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from golden.bases import build
 from veneer.core.patterns import fullmatch, nearest, search_suffix
 from veneer.engine.targets import find, find_named, is_linear, walk
 
@@ -407,3 +408,42 @@ def test_a_malformed_pattern_is_named(pattern):
 def test_nearest_names_are_near():
     assert nearest("Qproj", ["down", "k_proj", "q_proj"])[0] == "q_proj"
     assert nearest("zzz", ["q_proj"]) == []
+
+
+# ---- the peer --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["attn.q_proj", "dense"]},
+        {"target_modules": ["model.layers.1.attn.k_proj"]},
+        {"target_modules": r".*\.[01]\.attn\.(q|k)_proj"},
+        {"target_modules": ["q_proj", "k_proj"], "exclude_modules": ["layers.0.attn.k_proj"]},
+        {"target_modules": ["q_proj"], "exclude_modules": r".*\.2\..*"},
+        {"target_modules": ["q_proj"], "layers_to_transform": [0, 2]},
+        {"target_modules": ["q_proj"], "layers_to_transform": 1, "layers_pattern": "layers"},
+        {"target_modules": ["embed", "lm_head"]},
+        {"target_modules": ["q_proj", "dense"], "modules_to_save": ["classifier"]},
+        {"target_modules": ["dense"], "target_parameters": ["experts.down", "experts.gate_up"]},
+    ],
+    ids=str,
+)
+def test_we_adapt_what_the_peer_adapts(fields):
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(Model(), peft.LoraConfig(**fields))
+    assert sorted({t.path for t in find(Model(), config(**fields))}) == adapted_by_peer(theirs)
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize(("base", "task"), [("llama", "CAUSAL_LM"), ("llama_classifier", "SEQ_CLS"), ("gpt2", None)])
+def test_all_linear_is_what_the_peer_calls_so(base, task):
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(build(base), peft.LoraConfig(target_modules="all-linear", task_type=task))
+    ours = find(build(base), config(target_modules="all-linear", task_type=task))
+    assert sorted(t.path for t in ours) == adapted_by_peer(theirs)
+
+
+def adapted_by_peer(model):
+    """The paths of the layers that hold an adapter of the peer's, without its own wrappers' names."""
+    names = (n for n, m in model.get_base_model().named_modules() if isinstance(getattr(m, "scaling", None), dict))
+    return sorted({name.replace(".base_layer", "") for name in names})
