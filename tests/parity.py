@@ -76,7 +76,7 @@ def read(base: nn.Module, folder: Path) -> Tuner:
 
 def write(tuner: Tuner, folder: Path) -> None:
     checkpoint.write(folder, checkpoint.tensors(tuner, "default"))
-    tuner.configs["default"].write(folder)
+    checkpoint.config(tuner, "default").write(folder)
 
 
 def read_by_peer(base: nn.Module, folder: Path) -> nn.Module:

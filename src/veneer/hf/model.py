@@ -246,6 +246,8 @@ class PeftModel(nn.Module):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: str | bool = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | os.PathLike | None = None,
+        convert: bool = True,
         **kwargs: Any,
     ) -> None:
         """Write adapters: "default" into the folder itself, others into sub-folders of their names.
@@ -256,6 +258,11 @@ class PeftModel(nn.Module):
             selected_adapters: names; default: all.
             save_embedding_layers: "auto" saves embeddings when they were resized or are adapted themselves.
             is_main_process: False: gather, but write nothing.
+            path_initial_model_for_weight_conversion: accepted as the peer has it; not read, for what it is needed for
+                is known: the adapter is converted (see ``convert``).
+            convert: write an adapter whose start replaced base weights (PiSSA, OLoRA, CorDA, LoRA-GA, ...) as a plain
+                LoRA of rank 2r for the original base. False keeps the tensors as they are, which fit the base only
+                after the same start was made on it again.
             kwargs: ``state_dict``: take tensors from there instead of from the model.
 
         Raises:
@@ -267,17 +274,24 @@ class PeftModel(nn.Module):
             raise ValueError(f"save_directory '{folder}' is a file; give a folder.")
         names = list(selected_adapters) if selected_adapters is not None else list(self.peft_config)
         self.base_model._require(*names)
+        convert = convert or path_initial_model_for_weight_conversion is not None
+        written: dict[str, PeftConfig] = {}
         for name in names:
             tensors = get_peft_model_state_dict(
-                self, kwargs.get("state_dict"), adapter_name=name, save_embedding_layers=save_embedding_layers
+                self,
+                kwargs.get("state_dict"),
+                adapter_name=name,
+                save_embedding_layers=save_embedding_layers,
+                convert=convert,
             )
             if not is_main_process:
                 continue
             own = folder if name == "default" else folder / name
             checkpoint.write(own, tensors, safe_serialization)
-            self.peft_config[name].write(own)
+            written[name] = checkpoint.config(self.base_model, name, convert)
+            written[name].write(own)
         if is_main_process:
-            card.write_card(folder, {n: self.peft_config[n] for n in names}, self)
+            card.write_card(folder, written, self)
 
     @classmethod
     def from_pretrained(

@@ -35,6 +35,7 @@ def get_peft_model_state_dict(
     adapter_name: str = "default",
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
+    convert: bool = True,
 ) -> dict[str, Tensor]:
     """One adapter's tensors under the keys of ``adapter_model.safetensors``.
 
@@ -44,6 +45,7 @@ def get_peft_model_state_dict(
         adapter_name: the adapter.
         unwrap_compiled: accept keys with ``_orig_mod.`` in ``state_dict``.
         save_embedding_layers: "auto", True or False; see ``veneer.hf.embeddings``.
+        convert: give an adapter whose start replaced base weights in the form that fits the original base.
 
     Raises:
         ValueError: no such adapter, or a tensor that is empty because its parts lie on other processes.
@@ -52,7 +54,7 @@ def get_peft_model_state_dict(
         model = model._orig_mod
     tuner = tuner_of(model)
     tuner._require(adapter_name)
-    found = checkpoint.tensors(tuner, adapter_name)
+    found = checkpoint.tensors(tuner, adapter_name, convert)
     if state_dict is not None:
         found = _from_whole(model, found, state_dict)
     found |= embeddings.saved_embeddings(tuner, adapter_name, save_embedding_layers)

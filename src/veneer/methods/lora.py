@@ -11,7 +11,7 @@ for N tokens, against the frozen layer's 4 N in out.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -19,13 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.adapter import Additive
+from veneer.core.adapter import Adapter, Additive
 from veneer.core.config import LayerConfig, newer
 from veneer.core.registry import method
 from veneer.core.sites import Site
 from veneer.methods import lora_options as options
+from veneer.methods import lora_split
 from veneer.ops.groups import gather, spread
-from veneer.ops.lowrank import lowrank
+from veneer.ops.lowrank import LowRank, lowrank
 
 
 @dataclass
@@ -183,6 +184,10 @@ class Lora(Additive):
     def __init__(self, site: Site, config: LoraConfig):
         super().__init__(site, config)
         self.r, self.lora_alpha, self.scaling = config.r, config.lora_alpha, config.scaling
+        self.splits = lora_split.splits(config.init_lora_weights)
+        self.arriving: Factors | None = None
+        self.register_buffer("start_A", None, persistent=False)
+        self.register_buffer("start_B", None, persistent=False)
         self.lora_dropout = nn.Dropout(config.lora_dropout)
         self.make_factors(site, config)
         self.start(config)
@@ -215,6 +220,13 @@ class Lora(Additive):
 
     def delta(self, x: Tensor) -> Tensor:
         return self.branch(x, self.lora_dropout.p if self.training else 0.0)
+
+    def low_rank(self) -> LowRank | None:
+        if type(self) is not Lora or self.site.kernel:
+            return None
+        down, up = self._modules["lora_A"]._parameters, self._modules["lora_B"]._parameters
+        dropout = self.lora_dropout.p if self.training else 0.0
+        return LowRank(down["weight"], up["weight"], self.scaling, dropout, up["bias"])
 
     def branch(self, x: Tensor, dropout: float = 0.0) -> Tensor:
         """``s B A drop(x)``."""
@@ -259,6 +271,24 @@ class Lora(Additive):
     def delta_bias(self) -> Tensor | None:
         return None if self.lora_B.bias is None else self.scaling * self.lora_B.bias
 
+    def ready(self) -> None:
+        lora_split.arrive(self)
+
+    def original_form(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return tensors if self.start_A is None else lora_split.doubled(self, tensors)
+
+    @classmethod
+    def original_config(cls, config: LoraConfig, adapters: Sequence[Adapter]) -> LoraConfig:
+        moved = any(getattr(a, "start_A", None) is not None for a in adapters)
+        return lora_split.doubled_config(config) if moved else config
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Lora:
+        start = self.start_A, self.start_B
+        super()._apply(fn, recurse)
+        if self.start_A is not None and self.start_A.is_meta:  # a file fills A and B, but nothing would fill these
+            self.start_A, self.start_B = start
+        return self
+
     def outgoing(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         a = tensors.get("lora_A.weight")
         if a is None or getattr(self.lora_A, "groups", 1) == 1:
@@ -266,6 +296,10 @@ class Lora(Additive):
         return tensors | {"lora_A.weight": spread(a, self.lora_A.groups)}  # the peer's A is a plain convolution
 
     def incoming(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        tensors = self._within_groups(tensors)
+        return lora_split.halved(self, tensors) if self.splits else tensors
+
+    def _within_groups(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         a, down = tensors.get("lora_A.weight"), getattr(self, "lora_A", None)
         groups = getattr(down, "groups", 1)
         if a is None or groups == 1 or a.dim() != down.weight.dim() or a.shape[1] != groups * down.weight.shape[1]:

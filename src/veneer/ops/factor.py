@@ -24,9 +24,9 @@ def wide(w: Tensor) -> Tensor:
 def top_svd(w: Tensor, r: int, steps: int | None = None, tolerance: float = 1e-5, seed: int = 0) -> SVD:
     """The r leading singular triplets.
 
-    A block Krylov space is grown until every wanted triplet has ||W^T u - S v|| <= tolerance * S_1, so the rank-r error is
-    that of the best approximation to far below 1e-4. Small matrices, and spectra so flat that the space would fill the
-    whole matrix, go through the Gram matrix in float64.
+    A block Krylov space is grown until every wanted triplet has ||W^T u - S v|| <= tolerance * S_1, so the rank-r error
+    is that of the best approximation to far below 1e-4. Small matrices, and spectra so flat that the space would fill
+    the whole matrix, go through the Gram matrix in float64.
 
     Args:
         w: (out, in).
