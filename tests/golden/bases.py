@@ -176,7 +176,10 @@ BASES: dict[str, Callable[[], nn.Module]] = {
 def build(name: str) -> nn.Module:
     """The base model ``name`` with its stored weights, in eval mode."""
     model = BASES[name]()
-    model.load_state_dict(load_file(WEIGHTS / f"{name}.safetensors"), strict=False, assign=False)
+    weights = load_file(WEIGHTS / f"{name}.safetensors")
+    named = dict(model.named_parameters())
+    assert named.keys() == weights.keys(), f"the weights of {name} do not fit the model as it is built today"
+    model.load_state_dict(weights, strict=False)  # tied tensors are stored once
     return model.eval()
 
 
