@@ -33,6 +33,9 @@ AUTO_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 
+REPO_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+"""What a hub id looks like."""
+
 _FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)^---[ \t]*$\r?\n?", re.DOTALL | re.MULTILINE)
 
 
@@ -138,7 +141,7 @@ def make_uploadable(folder: str | Path) -> None:
 
 def is_hub_id(name: str) -> bool:
     """Whether a base model's name can be a hub id rather than a path of this machine."""
-    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII)) and not Path(name).exists()
+    return bool(REPO_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def _front(configs: Mapping[str, PeftConfig], facts: _Facts, old: dict[str, Any]) -> dict[str, Any]:

@@ -22,8 +22,6 @@ ARGUMENTS = frozenset(
 )  # fmt: skip
 """The keyword arguments that are the hub's; everything else that ``from_pretrained`` takes is not sent to it."""
 
-_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
-
 
 def arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     """The part of ``kwargs`` that is the hub's, ``use_auth_token`` under its present name ``token``."""
@@ -91,7 +89,7 @@ def download(repo: str, filename: str, subfolder: str | None = None, **kwargs: A
     """
     from huggingface_hub import errors, hf_hub_download
 
-    if not _REPO_ID.fullmatch(repo):
+    if not card.REPO_ID.fullmatch(repo):
         raise ValueError(
             f"'{repo}' is neither an existing folder nor a hub id of the form 'owner/name'; check the path."
         )
@@ -128,7 +126,7 @@ def cached_config(name: str) -> Path | None:
     path = Path(name) / "config.json"
     if path.is_file():
         return path
-    if not _REPO_ID.fullmatch(name):
+    if not card.REPO_ID.fullmatch(name):
         return None
     from huggingface_hub import try_to_load_from_cache
 
