@@ -8,9 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import peft as library
 from torch import nn
 
+import veneer as library
+import veneer.methods  # fills the table of methods
+from veneer.core import registry
 from veneer.train.document import Loc
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -23,7 +25,7 @@ LEARNING_RATES |= {"PREFIX_TUNING": 1e-2, "FOURIERFT": 1e-2, "BOFT": 1e-3, "OFT"
 
 def table() -> dict[str, type]:
     """Every method's config class by its ``peft_type``."""
-    return {str(getattr(k, "value", k)): v for k, v in library.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    return {str(name): method.config for name, method in registry.METHODS.items()}
 
 
 def _method(name: str) -> str | None:
@@ -74,8 +76,8 @@ def problems(block: dict[str, Any]) -> list[tuple[Loc, str]]:
         found.append(((key,), f"{cls.__name__} has no setting '{key}'{hint}"))
     if not found:
         try:
-            build(block)
-        except (ValueError, TypeError) as error:
+            build(block).check()
+        except (ValueError, TypeError, NotImplementedError) as error:
             found.append(((), f"{cls.__name__}: {error}"))
     return found
 
@@ -83,8 +85,8 @@ def problems(block: dict[str, Any]) -> list[tuple[Loc, str]]:
 def build(block: dict[str, Any], notices: list[str] | None = None) -> Any:
     """The library's config of an adapter block.
 
-    An inline LoRA-like block that names no targets gets all linear layers, the choice that does best at equal size. A config
-    saved for inference is set to train, with a notice.
+    An inline LoRA-like block that names no targets gets all linear layers, the choice that does best at equal size. A
+    config saved for inference is set to train, with a notice.
 
     Raises:
         ValueError: the block names no known method, or its values are invalid together.
@@ -113,7 +115,7 @@ def resolved(config: Any) -> dict[str, Any]:
     values = {k: v for k, v in config.to_dict().items() if k not in ("inference_mode", "peft_version")}
     plain = type(config)().to_dict()
     kept = {k: _plain(v) for k, v in values.items() if k != "peft_type" and v != plain.get(k) and v is not None}
-    return {"method": str(getattr(config.peft_type, "value", config.peft_type)).lower(), **kept}
+    return {"method": str(config.peft_type).lower(), **kept}
 
 
 def _plain(value: Any) -> Any:
@@ -129,7 +131,7 @@ def learning_rate(config: Any, hidden: int | None) -> float:
 
     The rule is that of the "LoRA Without Regret" study's training recipes, capped for very small models.
     """
-    method = str(getattr(config.peft_type, "value", config.peft_type))
+    method = str(config.peft_type)
     if method in LEARNING_RATES:
         return LEARNING_RATES[method]
     return float(f"{min(2e-3, 5e-4 * (2000 / hidden) ** 0.781):.1e}") if hidden else 2e-4
@@ -162,12 +164,9 @@ def read_config(folder: str | Path) -> Any:
 
 def penalty(model: Any) -> Any:
     """The adapter's own term of the loss (AdaLoRA's orthogonality, a router's balance), or None."""
-    own = getattr(getattr(model, "base_model", None), "penalty", None)
-    return own() if callable(own) else None
+    return model.base_model.penalty()
 
 
 def after_step(model: Any, step: int) -> None:
     """Let the method do what it does between steps (AdaLoRA's budget)."""
-    own = getattr(getattr(model, "base_model", None), "after_step", None)
-    if callable(own):
-        own(step)
+    model.base_model.after_step(step)

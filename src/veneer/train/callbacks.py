@@ -61,7 +61,9 @@ class Metrics(TrainerCallback):
         self.path, self.seen, self.device = path, seen, device
         self.started = self.before = 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Drop the lines that a resumed run will write again."""
         kept = []
         if self.path.exists():
@@ -77,7 +79,12 @@ class Metrics(TrainerCallback):
         self.started = time.monotonic()
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
     ) -> None:
         """Append one line."""
         seconds = self.before + time.monotonic() - self.started
@@ -106,7 +113,9 @@ class Progress(TrainerCallback):
         self.spoken = 0.0
         self.held = ""
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Start the clock and the live line."""
         self.recent.append((time.monotonic(), self.seen(), state.global_step))
         self.losses = [one["loss"] for one in state.log_history if "loss" in one]
@@ -119,7 +128,12 @@ class Progress(TrainerCallback):
         self.recent.append((time.monotonic(), self.seen(), state.global_step))
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
     ) -> None:
         """Show the newest loss."""
         if "eval_loss" in logs:
@@ -133,7 +147,9 @@ class Progress(TrainerCallback):
         elif self.mode == "plain" and "loss" in logs and self._due(state):
             self.console.print(self._text(state), highlight=False, soft_wrap=True)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Leave the last line standing."""
         self.close(state)
 
@@ -176,7 +192,9 @@ class Progress(TrainerCallback):
         bar = Text("━" * filled, "green") + Text("━" * (WIDTH - filled), "bright_black")
         line.add_row(bar, Text(self._text(state)), Text(self.held, "cyan"))
         if self.console.width >= 80:
-            line.add_row(Text(sparkline(self.losses), "magenta"), Text("loss so far", "bright_black") if self.losses else "", "")
+            line.add_row(
+                Text(sparkline(self.losses), "magenta"), Text("loss so far", "bright_black") if self.losses else "", ""
+            )
         return line
 
 

@@ -15,6 +15,9 @@ from veneer.train.document import Document, Loc
 
 Files = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Auto = Literal["auto"]
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0)]
 
 
 class Section(BaseModel):
@@ -49,7 +52,7 @@ class Data(Section):
     shorthand: ClassVar[str | None] = "train"
     train: Files = Field(min_length=1, description="Files or globs; `file#500` takes the first 500 rows.")
     eval: Files = Field(default_factory=list, description="Held-out files; without them `holdout` applies.")
-    holdout: Auto | float = Field("auto", ge=0, description="Rows (>= 1) or share (< 1) held out of `train`.")
+    holdout: Auto | Amount = Field("auto", description="Rows (>= 1) or share (< 1) held out of `train`.")
     format: Literal["auto", "alpaca", "prompt", "messages", "sharegpt", "text"] = "auto"
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our column name -> yours, e.g. prompt: question."
@@ -69,16 +72,16 @@ class Train(Section):
     steps: int | None = Field(None, ge=1, description="Stop after this many steps, whatever `epochs` says.")
     batch_size: int = Field(4, ge=1)
     accumulate: int = Field(1, ge=1, description="Batches summed into one step.")
-    learning_rate: Auto | float = Field("auto", gt=0)
+    learning_rate: Auto | Rate = "auto"
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = "linear"
     warmup: float = Field(0.03, ge=0, description="Share of the steps (< 1) or a number of steps.")
     optimizer: str = "adamw_torch"
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, ge=0)
     gradient_checkpointing: bool = False
-    save_every: Auto | int = Field("auto", ge=1, description="Steps between checkpoints; with an eval set, its rhythm.")
+    save_every: Auto | Count = Field("auto", description="Steps between checkpoints; with an eval set, its rhythm.")
     keep: int = Field(2, ge=1, description="Checkpoints kept, besides the best one.")
-    threads: Auto | int = Field("auto", ge=1)
+    threads: Auto | Count = "auto"
     workers: int = Field(0, ge=0)
     seed: int = 42
 
@@ -86,7 +89,7 @@ class Train(Section):
 class Eval(Section):
     """Held-out loss, best checkpoint, early stop, and the prompts answered before and after."""
 
-    every: Auto | int = Field("auto", ge=1, description="Steps between evaluations; auto gives about five in a run.")
+    every: Auto | Count = Field("auto", description="Steps between evaluations; auto gives about five in a run.")
     batch_size: int | None = Field(None, ge=1)
     best: bool = Field(True, description="End with the checkpoint of the lowest held-out loss.")
     patience: int | None = Field(None, ge=1, description="Stop after this many evaluations without improvement.")
@@ -117,9 +120,9 @@ class RunConfig(Section):
     model: Model
     data: Data
     adapter: dict[str, Any] = Field(default_factory=lambda: {"method": "lora", "r": 16, "lora_alpha": 32})
-    train: Train = Field(default_factory=Train)
-    eval: Eval = Field(default_factory=Eval)
-    log: Log = Field(default_factory=Log)
+    train: Train = Field(default_factory=lambda: Train.model_validate({}))
+    eval: Eval = Field(default_factory=lambda: Eval.model_validate({}))
+    log: Log = Field(default_factory=lambda: Log.model_validate({}))
     output: Output
 
     @field_validator("adapter", mode="before")
@@ -233,6 +236,8 @@ def _override(doc: Document, key: str, value: Any, flag: str) -> None:
     if len(loc) > 1 and not isinstance(written, dict) and written is not None:
         short = section.shorthand if section else "path"
         doc.values[loc[0]] = {short: written}
+    if loc[0] == "adapter" and written is None and loc[-1] not in ("adapter", "method", "path", "peft_type"):
+        doc.values["adapter"] = {"method": "lora"}
     if len(loc) == 1 and section and section.shorthand and isinstance(written, dict):
         loc = (loc[0], section.shorthand)
     doc.set(loc, value, flag)

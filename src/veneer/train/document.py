@@ -12,7 +12,21 @@ from typing import Any
 
 import yaml
 
-Loc = tuple[str | int, ...]
+Loc = tuple[Any, ...]
+"""Keys and indices down to a place in nested settings."""
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's scalars: ``off``, ``no`` and ``y`` are words, and 1e-4 is a number."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith((":bool", ":float"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+NUMBER = re.compile(r"^([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$")
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", NUMBER, list("-+.0123456789"))
 
 
 @dataclass
@@ -69,8 +83,8 @@ def read(path: str | Path) -> Document:
 
 def _yaml(path: Path, text: str) -> tuple[Any, dict[Loc, int]]:
     try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
-        return yaml.safe_load(text) or {}, dict(_yaml_lines(path, tree))
+        tree = yaml.compose(text, Loader=Loader)
+        return yaml.load(text, Loader=Loader) or {}, dict(_yaml_lines(path, tree))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -99,7 +113,7 @@ def _json(path: Path, text: str) -> tuple[Any, dict[Loc, int]]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: this is not valid JSON ({error.msg}).") from None
     try:  # JSON is YAML but for tabs; if some corner is not, the values stand and only the line numbers are lost
-        return values, dict(_yaml_lines(path, yaml.compose(text.replace("\t", " "), Loader=yaml.SafeLoader)))
+        return values, dict(_yaml_lines(path, yaml.compose(text.replace("\t", " "), Loader=Loader)))
     except yaml.YAMLError:
         return values, {}
 
@@ -108,8 +122,8 @@ def _toml(path: Path, text: str) -> tuple[Any, dict[Loc, int]]:
     try:
         values = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        line = re.search(r"at line (\d+)", str(error))
-        raise ValueError(f"{path}:{line[1] if line else '?'}: this is not valid TOML ({error}).") from None
+        found = re.search(r"at line (\d+)", str(error))
+        raise ValueError(f"{path}:{found[1] if found else '?'}: this is not valid TOML ({error}).") from None
     lines: dict[Loc, int] = {}
     section: Loc = ()
     for number, line in enumerate(text.splitlines(), 1):
@@ -150,6 +164,6 @@ def overrides(sets: Iterable[str], rest: list[str]) -> list[tuple[str, Any, str]
 
 def _value(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, Loader=Loader)
     except yaml.YAMLError:
         return text

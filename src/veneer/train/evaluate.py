@@ -64,7 +64,9 @@ def answer(
     if bos is not None and ids[:1] != [bos]:
         ids = [bos, *ids]
     inputs = torch.tensor([ids], device=device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    sampling: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
     if not temperature:  # what the generation config says of sampling has no meaning now, and would be warned about
         sampling |= {"temperature": None, "top_p": None, "top_k": None}
     training = model.training
@@ -175,7 +177,9 @@ def base_of(adapter: str | Path | None) -> str:
         FileNotFoundError: the folder holds no adapter.
     """
     if adapter is None:
-        raise ValueError("Say which model: --model FOLDER_OR_ID, or --adapter FOLDER of an adapter that names its base.")
+        raise ValueError(
+            "Say which model: --model FOLDER_OR_ID, or --adapter FOLDER of an adapter that names its base."
+        )
     if Path(adapter).exists() and not (Path(adapter) / adapters.CONFIG_FILE).is_file():
         raise FileNotFoundError(f"'{adapter}' holds no adapter: there is no {adapters.CONFIG_FILE} in it.")
     base = adapters.read_config(adapter).base_model_name_or_path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from veneer.train.config import Model
 
-transformers.utils.logging.disable_progress_bar()
+
+def quiet() -> None:
+    """Leave the terminal to our own progress and sentences."""
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def device_of(model: Model) -> torch.device:
@@ -24,7 +30,8 @@ def device_of(model: Model) -> torch.device:
         ValueError: the device does not exist here.
     """
     if model.device == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu") if torch.accelerator.is_available() else torch.device("cpu")
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
     try:
         return torch.empty(0, device=model.device).device
     except (RuntimeError, AssertionError) as error:
@@ -117,8 +124,12 @@ def _common(model: Model) -> dict[str, Any]:
 def _loading(model: Model, path: str, load: Any) -> Any:
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         parent = Path(path).parent
-        near = difflib.get_close_matches(Path(path).name, [p.name for p in parent.iterdir()] if parent.is_dir() else [], 1)
-        raise FileNotFoundError(f"There is no model folder '{path}'" + (f"; did you mean {parent / near[0]}?" if near else "."))
+        near = difflib.get_close_matches(
+            Path(path).name, [p.name for p in parent.iterdir()] if parent.is_dir() else [], 1
+        )
+        raise FileNotFoundError(
+            f"There is no model folder '{path}'" + (f"; did you mean {parent / near[0]}?" if near else ".")
+        )
     try:
         return load()
     except OSError as error:

@@ -1,7 +1,7 @@
 """What a run will do, worked out before it does it: parameters, tokens, steps, memory, and time from one probe step.
 
-Memory needs no weights: the model is built on the meta device and one forward pass runs on fake tensors, which have shapes
-and no data, while a hook adds up what autograd keeps for the backward pass.
+Memory needs no weights: the model is built on the meta device and one forward pass runs on fake tensors, which have
+shapes and no data, while a hook adds up what autograd keeps for the backward pass.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from veneer.train import adapters, models, recipes
-from veneer.train.recipes import Prepared
+from veneer.train import adapters, models
+from veneer.train.prepare import Prepared, Schedule, build, counts
 from veneer.train.tokens import IGNORED
 from veneer.train.trainer import takes_kept_logits, token_losses
 
@@ -84,7 +84,7 @@ class Plan:
     quantiles: dict[str, int]
     counts: dict[str, int]
     sample: list[tuple[str, bool]]
-    schedule: recipes.Schedule
+    schedule: Schedule
     memory: Memory
     run_tokens: int
     config: dict[str, Any]
@@ -103,7 +103,7 @@ def make(prepared: Prepared, probe: bool = False) -> Plan:
     """The plan of a prepared run.
 
     Args:
-        prepared: what ``recipes.prepare`` decided.
+        prepared: what ``prepare`` decided.
         probe: load the model and take two real steps, for time and true memory.
 
     Raises:
@@ -114,7 +114,7 @@ def make(prepared: Prepared, probe: bool = False) -> Plan:
     device = models.device_of(config.model)
     dtype = models.dtype_of(config.model, device)
     model = _skeleton(prepared, dtype)
-    trainable, total = recipes.counts(model)
+    trainable, total = counts(model)
     if not trainable:
         raise ValueError("Nothing would train: the adapter has 0 trainable parameters on this model.")
     epochs = prepared.schedule.steps / prepared.schedule.per_epoch
@@ -277,10 +277,8 @@ def _advice(prepared: Prepared, memory: Memory) -> str:
         return "The weights alone do not fit: take a smaller model, or a half-precision model.dtype."
     if train.batch_size > 1:
         smaller = max(1, int(train.batch_size * (memory.available - rest) / memory.activations))
-        return (
-            f"Set train.batch_size: {smaller} and train.accumulate: {-(-train.batch_size * train.accumulate // smaller)}; "
-            "the steps stay the same."
-        )
+        batches = -(-train.batch_size * train.accumulate // smaller)
+        return f"Set train.batch_size: {smaller} and train.accumulate: {batches}; the steps stay the same."
     if not train.gradient_checkpointing:
         return "Set train.gradient_checkpointing: true (about a third slower)."
     return "Lower data.max_length."
@@ -288,7 +286,7 @@ def _advice(prepared: Prepared, memory: Memory) -> str:
 
 def _probe(prepared: Prepared) -> Probe:
     """Two forward and backward passes with an optimiser step on the longest batch; the second one is timed."""
-    model = recipes.build(prepared).train()
+    model = build(prepared).train()
     device = next(model.parameters()).device
     rows = sorted(prepared.train.rows, key=lambda row: -len(row["input_ids"]))[: prepared.config.train.batch_size]
     batch = {name: value.to(device) for name, value in prepared.collate(rows).items()}

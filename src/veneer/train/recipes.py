@@ -1,14 +1,11 @@
-"""A run from settings to adapter: prepare (everything decided and proved), build (model and adapter), run (train and compare).
+"""A run from what ``prepare`` decided to an adapter: train, and answer before and after.
 
-``veneer plan`` shows what ``prepare`` decided and ``veneer train`` runs that same object, so what is printed is what happens.
+``veneer plan`` shows a prepared run and ``veneer train`` runs that same object, so what is printed is what happens.
 """
 
 from __future__ import annotations
 
-import copy
 import json
-import math
-import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -17,44 +14,16 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
-from veneer.train import adapters, data, document, models
+from veneer.train import adapters, document, models
 from veneer.train.callbacks import Adapters, Interrupt, Metrics, Progress, size
 from veneer.train.config import RunConfig
-from veneer.train.evaluate import answer, end_tokens, pad_token
+from veneer.train.evaluate import answer, end_tokens
+from veneer.train.prepare import Prepared, build, counts
 from veneer.train.provenance import header
-from veneer.train.tokens import IGNORED, Renderer, Tokenised
-from veneer.train.trainer import AdapterTrainer, Collate, checkpoints, held_out_loss
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A run counted in optimiser steps."""
-
-    steps: int
-    per_epoch: int
-    warmup: int
-    eval_every: int
-    save_every: int
-
-
-@dataclass
-class Prepared:
-    """A run with every open choice made. ``config`` holds no ``auto`` that was decided here."""
-
-    config: RunConfig
-    tokenizer: Any
-    renderer: Renderer
-    train: Tokenised
-    held: Tokenised
-    adapter: Any
-    base: Any
-    schedule: Schedule
-    collate: Collate
-    files: list[str]
-    notices: list[str] = field(default_factory=list)
+from veneer.train.tokens import IGNORED, Tokenised
+from veneer.train.trainer import AdapterTrainer, checkpoints, held_out_loss
 
 
 @dataclass
@@ -85,115 +54,6 @@ class Outcome:
     adapter_bytes: int = 0
     stopped_at: str | None = None
     """The checkpoint to resume from, if Ctrl-C ended the run."""
-
-
-def prepare(config: RunConfig) -> Prepared:
-    """Read the data, render and tokenise them, settle every ``auto``, and refuse what could not learn.
-
-    Raises:
-        ValueError: unusable rows or settings, nothing to learn, a tokenizer that does not fit the model.
-        OSError: a file or model that is not there.
-    """
-    config, notices = config.model_copy(deep=True), []
-    adapter = adapters.build(config.adapter, notices)
-    base = models.load_config(config.model)
-    tokenizer = models.load_tokenizer(config.model)
-    options = config.data
-    examples = data.load(options.train, options.format, options.columns, options.bad_rows)
-    if options.eval:
-        held_examples = data.load(options.eval, options.format, options.columns, options.bad_rows)
-        rows, held_rows, files = examples.rows, held_examples.rows, examples.files + held_examples.files
-    else:
-        rows, held_rows = data.split(examples.rows, options.holdout, config.train.seed)
-        files = examples.files
-    renderer = Renderer(tokenizer, examples.format, options.template, options.loss_on, options.system)
-    train = renderer.tokenise(rows, options.max_length, options.too_long)
-    renderer.counts = type(renderer.counts)()
-    held = renderer.tokenise(held_rows, options.max_length, options.too_long)
-    if examples.skipped:
-        notices.append(f"{len(examples.skipped)} unusable rows were left out; the first: {examples.skipped[0]}.")
-    notices += _notices(train, held, config)
-    _fits(train, base, config)
-    config.data.format, config.data.template, config.data.loss_on = examples.format, renderer.template, renderer.loss_on
-    if config.train.learning_rate == "auto":
-        config.train.learning_rate = adapters.learning_rate(adapter, _hidden(base))
-    config.adapter = adapters.resolved(adapter)
-    schedule = _schedule(config, len(train), bool(len(held)))
-    config.eval.every, config.train.save_every = schedule.eval_every, schedule.save_every
-    collate = Collate(pad_token(tokenizer))
-    return Prepared(config, tokenizer, renderer, train, held, adapter, base, schedule, collate, files, notices)
-
-
-def _notices(train: Tokenised, held: Tokenised, config: RunConfig) -> list[str]:
-    counts, total, limit = train.counts, len(train.lengths), config.data.max_length
-    texts = {
-        "dropped_unlearnt": f"of {total} rows have no token to learn within data.max_length {limit} and were dropped.",
-        "dropped_long": f"of {total} rows are longer than data.max_length {limit} and were dropped.",
-        "truncated": f"of {total} rows are longer than data.max_length {limit} and were cut.",
-        "split_at_boundary": "rows would have a token across the border of prompt and answer; it was split there.",
-        "last_turn_only": "conversations are rewritten by the template as they go on; only their last answer is learnt.",
-    }
-    found = [f"{counts[key]} {text}" for key, text in texts.items() if counts[key]]
-    unended = len(train) - counts["ends_learnt"]
-    if unended > len(train) // 2 and config.data.format != "text":
-        found.append(f"{unended} of {len(train)} rows do not learn an end token: the model may not know when to stop.")
-    if not len(held):
-        found.append("Nothing is held out, so there is no held-out loss and no best checkpoint; see data.holdout.")
-    return found
-
-
-def _fits(train: Tokenised, base: Any, config: RunConfig) -> None:
-    largest = max(max(row["input_ids"]) for row in train.rows)
-    text = base.get_text_config() if hasattr(base, "get_text_config") else base
-    if (vocabulary := getattr(text, "vocab_size", None)) and largest >= vocabulary:
-        raise ValueError(
-            f"The tokenizer gives the token {largest}, and the model '{config.model.path}' knows only {vocabulary} tokens; "
-            "they do not belong together."
-        )
-
-
-def _hidden(base: Any) -> int | None:
-    return getattr(base.get_text_config() if hasattr(base, "get_text_config") else base, "hidden_size", None)
-
-
-def _schedule(config: RunConfig, rows: int, held: bool) -> Schedule:
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    batches = math.ceil(rows / (config.train.batch_size * world))
-    per_epoch = math.ceil(batches / config.train.accumulate)
-    steps = config.train.steps or max(1, math.ceil(config.train.epochs * per_epoch))
-    warmup = config.train.warmup
-    auto = max(1, math.ceil(steps / 5))
-    every = auto if config.eval.every == "auto" else int(config.eval.every)
-    save = (every if held else auto) if config.train.save_every == "auto" else int(config.train.save_every)
-    if held and config.eval.best and save % every:
-        raise ValueError(
-            f"train.save_every {save} is not a multiple of eval.every {every}, so the best step might have no checkpoint; "
-            "change one of them, or set eval.best: false."
-        )
-    return Schedule(steps, per_epoch, round(warmup * steps) if warmup < 1 else int(warmup), every, save)
-
-
-def build(prepared: Prepared) -> Any:
-    """The model with its fresh adapter.
-
-    Raises:
-        ValueError: nothing would train, or the adapter does not fit the model.
-    """
-    config = prepared.config
-    set_seed(config.train.seed)
-    model = models.load_model(config.model)
-    if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = adapters.attach(model, copy.deepcopy(prepared.adapter))
-    if not counts(model)[0]:
-        raise ValueError("Nothing would train: the adapter has 0 trainable parameters on this model.")
-    return model
-
-
-def counts(model: nn.Module) -> tuple[int, int]:
-    """(trainable parameters, all parameters)."""
-    trainable, total = model.get_nb_trainable_parameters()
-    return int(trainable), int(total)
 
 
 def run(prepared: Prepared, console: Console, resume: bool = False) -> Outcome:
@@ -298,7 +158,9 @@ def _open(prepared: Prepared, folder: Path, resume: bool) -> Path | None:
         _same_run(prepared.config, written)
         return earlier[-1]
     if resume:
-        prepared.notices.append(f"There is no whole checkpoint in '{folder}' yet, so the run starts from its beginning.")
+        prepared.notices.append(
+            f"There is no whole checkpoint in '{folder}' yet, so the run starts from its beginning."
+        )
     elif (earlier or (folder / adapters.WEIGHTS_FILE).exists()) and not prepared.config.output.overwrite:
         raise ValueError(
             f"'{folder}' holds a run already. Go on with it by --resume, replace it by --overwrite, or name another "

@@ -36,7 +36,10 @@ def show_plan(console: Console, plan: Any) -> None:
         console,
         [
             ("model", f"{plan.model}  {plan.total - plan.trainable:,} parameters, {plan.dtype} on {plan.device}"),
-            ("adapter", f"{config['adapter']['method']}  {plan.trainable:,} trainable of {plan.total:,} ({share:.3f} %)"),
+            (
+                "adapter",
+                f"{config['adapter']['method']}  {plan.trainable:,} trainable of {plan.total:,} ({share:.3f} %)",
+            ),
         ],
     )
     table = Table("place", "modules", "trainable", box=None, padding=(0, 2), header_style="bright_black")
@@ -56,7 +59,10 @@ def show_plan(console: Console, plan: Any) -> None:
             ("tokens", f"{plan.tokens:,} an epoch, {plan.learnt:,} of them learnt ({learnt:.0f} %)"),
             ("row length", f"{lengths} (data.max_length {data['max_length']}, {plan.counts.get('truncated', 0)} cut)"),
             ("end token", f"learnt in {plan.counts.get('ends_learnt', 0):,} of {plan.train_rows:,} rows"),
-            ("steps", f"{schedule.steps:,} of {batch} rows, {schedule.per_epoch:,} an epoch, {schedule.warmup} to warm up"),
+            (
+                "steps",
+                f"{schedule.steps:,} of {batch} rows, {schedule.per_epoch:,} an epoch, {schedule.warmup} to warm up",
+            ),
             ("", f"learning rate {config['train']['learning_rate']:g}, {config['train']['schedule']}"),
             ("rhythm", f"held-out loss every {schedule.eval_every} steps, checkpoint every {schedule.save_every}"),
             ("memory", f"about {size(memory.total)} of {size(memory.available)}: {_parts(memory)}"),
@@ -69,7 +75,10 @@ def show_plan(console: Console, plan: Any) -> None:
             console,
             [
                 ("time", f"about {duration(seconds)} of training at {plan.probe.tokens_per_second:,.0f} tokens/s"),
-                ("probe", f"{plan.probe.seconds:.2f} s for the longest batch, {size(plan.probe.peak_memory)} at the peak"),
+                (
+                    "probe",
+                    f"{plan.probe.seconds:.2f} s for the longest batch, {size(plan.probe.peak_memory)} at the peak",
+                ),
             ],
         )
     if not memory.fits:
@@ -125,7 +134,12 @@ def show_outcome(console: Console, outcome: Any) -> None:
         console.print(f"Go on with:  veneer train {outcome.folder}/run.yaml --resume", highlight=False, soft_wrap=True)
         return
     show_samples(console, outcome.samples, outcome.held_out)
-    rows = [("trained", f"{outcome.trainable:,} of {outcome.total:,} parameters ({100 * outcome.trainable / outcome.total:.3f} %)")]
+    rows = [
+        (
+            "trained",
+            f"{outcome.trainable:,} of {outcome.total:,} parameters ({100 * outcome.trainable / outcome.total:.3f} %)",
+        )
+    ]
     rows += [("", f"{outcome.steps:,} steps in {duration(outcome.seconds)}, {size(outcome.peak_memory)} at the peak")]
     if outcome.loss_before is not None and outcome.loss_after is not None:
         best = f" (best step: {outcome.best_step})" if outcome.best_step else ""

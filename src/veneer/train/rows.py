@@ -85,7 +85,7 @@ def _read_csv(path: Path) -> Iterator[Any]:
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
-    from pyarrow import parquet  # optional, and only here
+    from pyarrow import parquet  # type: ignore[import-untyped]  # optional, and only here
 
     for batch in parquet.ParquetFile(path).iter_batches(1024):
         yield from batch.to_pylist()

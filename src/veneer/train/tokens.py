@@ -1,8 +1,8 @@
 """From examples to token ids with a loss mask: what the model reads, and which tokens it learns.
 
-A conversation is rendered by the tokenizer's own chat template, turn by turn: the text that an assistant turn adds to the
-rendering of everything before it (with the generation prompt) is what the model will have to write, and so what it learns.
-No template needs editing. Token boundaries at the start of each learnt span are those the model meets when it generates.
+A conversation is rendered by the tokenizer's own chat template, turn by turn: the text that an assistant turn adds to
+the rendering of everything before it (with the generation prompt) is what the model will have to write, and so what it
+learns. No template needs editing. Token boundaries at the start of each learnt span are those of generation.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Renderer:
                 template = "alpaca"
         if template == "chat" and not has_template:
             raise ValueError(
-                f"The tokenizer of '{tokenizer.name_or_path}' has no chat template, and the data ({format}) need one; set "
-                "model.chat_template to a Jinja file" + ("." if conversations else ", or data.template: none.")
+                f"The tokenizer of '{tokenizer.name_or_path}' has no chat template, and the data ({format}) need one; "
+                "set model.chat_template to a Jinja file" + ("." if conversations else ", or data.template: none.")
             )
         if conversations and template != "chat":
             raise ValueError(f"data.template '{template}' cannot render conversations ({format}); use chat.")
@@ -118,7 +118,7 @@ class Renderer:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
 
     def _with_system(self, messages: list[Row]) -> list[Row]:
-        if self.system is None or messages[:1] and messages[0]["role"] == "system":
+        if self.system is None or (messages[:1] and messages[0]["role"] == "system"):
             return messages
         return [{"role": "system", "content": self.system}, *messages]
 
@@ -148,7 +148,7 @@ class Renderer:
         return [(piece, learnt) for piece, learnt in [*pieces, (text[at:], False)] if piece]
 
     def _span(self, messages: list[Row], i: int, tools: Any, text: str) -> tuple[int, int] | None:
-        """Where assistant turn ``i`` stands in ``text``: from the end of its generation prompt to its end-of-turn mark."""
+        """Where assistant turn ``i`` stands: from the end of its generation prompt to its end-of-turn mark."""
         before = self.chat(messages[:i], tools) if i else ""
         through = self.chat(messages[: i + 1], tools, generate=False)
         if not text.startswith(through):
@@ -164,7 +164,8 @@ class Renderer:
     # ---- ids ------------------------------------------------------------------------------------------------------
     def encode(self, all_pieces: list[list[Piece]]) -> list[tuple[list[int], list[int]]]:
         """(ids, labels) of each example, untruncated, with BOS and end-of-text where the text lacks them."""
-        texts, cuts = [], []
+        texts: list[str] = []
+        cuts: list[tuple[int, list[int]]] = []
         for pieces in all_pieces:
             text, ends = "", []
             for piece, _ in pieces:
@@ -201,8 +202,8 @@ class Renderer:
     def tokenise(self, examples: Iterable[Example], max_length: int, too_long: str = "truncate") -> Tokenised:
         """Examples as rows of ``input_ids`` and ``labels``.
 
-        A row without a learnt token (after truncation) is dropped and counted. The first label of a row is never learnt:
-        nothing comes before it to predict it from.
+        A row without a learnt token (after truncation) is dropped and counted. The first label of a row is never
+        learnt: nothing comes before it to predict it from.
 
         Raises:
             ValueError: a conversation that the template refuses, by file and row; or no row is left to learn from.
@@ -229,7 +230,7 @@ class Renderer:
             result.sources.append(example)
         if examples and not result.rows:
             raise ValueError(
-                f"None of the {len(examples)} rows has a token to learn: with data.max_length {max_length} the prompts alone "
-                f"fill the rows (the longest row has {max(result.lengths)} tokens). Raise data.max_length."
+                f"None of the {len(examples)} rows has a token to learn: with data.max_length {max_length} the prompts "
+                f"alone fill the rows (the longest row has {max(result.lengths)} tokens). Raise data.max_length."
             )
         return result

@@ -1,4 +1,4 @@
-"""transformers' Trainer, taught three things: the loss per learnt token, adapters as checkpoints, and whole checkpoints."""
+"""transformers' Trainer, taught three things: loss per learnt token, adapters as checkpoints, whole checkpoints."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WHOLE = "complete.json"
 
 
 class Collate:
-    """Rows to a right-padded batch. Padding is told by place, so a pad token that is also the end token stays learnt."""
+    """Rows to a right-padded batch. Padding is told by place: a pad token that is also the end token stays learnt."""
 
     def __init__(self, pad: int, multiple: int = 1):
         self.pad, self.multiple = pad, multiple
@@ -41,7 +41,7 @@ class Collate:
 
 def takes_kept_logits(model: nn.Module) -> bool:
     """Whether the base can leave out the logits of positions that nobody asks for."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     prompts = any(getattr(c, "is_prompt_learning", False) for c in getattr(model, "peft_config", {}).values())
     return "logits_to_keep" in inspect.signature(base.forward).parameters and not prompts
 
@@ -115,7 +115,7 @@ class AdapterTrainer(Trainer):
         loss = held_out_loss(self.model, rows, self.data_collator, self.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
