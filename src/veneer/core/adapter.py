@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.sites import Parameters, Site
+from veneer.ops.lowrank import LowRank
 
 if TYPE_CHECKING:
     from typing import Self
@@ -188,6 +189,10 @@ class Additive(Adapter):
         """What is added to the bias (out,), or None."""
         return None
 
+    def low_rank(self) -> LowRank | None:
+        """The branch as factors, where ``delta(x)`` is exactly ``s (drop(x) A^T) B^T``; the engine may then fuse it."""
+        return None
+
     def delta(self, x: Tensor) -> Tensor:
         """The layer's function with dW (and the bias' delta) in place of W: (..., in) -> (..., out)."""
         return self.site(x, self.delta_weight(), self.delta_bias())
@@ -229,6 +234,20 @@ class Stacked(Adapter):
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> Weight:
         return torch.stack([a.merged(w, None)[0] for a, w in zip(self.each, weight.unbind(0), strict=True)]), bias
+
+    def outgoing(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self._translated("outgoing", tensors)
+
+    def incoming(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self._translated("incoming", tensors)
+
+    def _translated(self, way: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = {}
+        for i, adapter in enumerate(self.each):
+            prefix = f"each.{i}."
+            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            out |= {prefix + k: v for k, v in getattr(adapter, way)(own).items()}
+        return out | {k: v for k, v in tensors.items() if not k.startswith("each.")}
 
     def penalty(self) -> Tensor | None:
         terms = [t for t in (a.penalty() for a in self.each) if t is not None]

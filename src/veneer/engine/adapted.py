@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from veneer.core.adapter import Adapter, Base, Reweight, Weight
 from veneer.core.sites import Parameters, Site
+from veneer.engine.lowrank_path import LowRankPath, path
 
 BASE = "__base__"
 """In a mixed batch: the name of rows that no adapter touches."""
@@ -26,7 +27,19 @@ class State:
     enabled: bool = True
     gains: dict[str, float | Tensor] = field(default_factory=dict)
     route: tuple[str, ...] | None = None
+    version: int = 0
+    """Counts the changes after which a wrapper must decide anew how to run."""
     _rows: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict)
+    _masks: dict[Any, Tensor] = field(default_factory=dict)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("active", "route") and self.__dict__.get(name) != value:
+            self.changed()
+        object.__setattr__(self, name, value)
+
+    def changed(self) -> None:
+        """Have every wrapper decide anew."""
+        object.__setattr__(self, "version", self.__dict__.get("version", 0) + 1)
 
     def rows(self, batch: int, device: torch.device) -> dict[str, Tensor]:
         """adapter -> its row numbers (int64) for a batch of this size; names repeat in place for beams.
@@ -36,24 +49,45 @@ class State:
         """
         key = (batch, device)
         if key not in self._rows:
-            assert self.route is not None
-            times, rest = divmod(batch, len(self.route))
-            if rest or not times:
-                raise ValueError(
-                    f"adapter_names has {len(self.route)} entries, but a layer was called with a batch of {batch}; "
-                    "give one name for each row of the batch."
-                )
-            owner = [name for name in self.route for _ in range(times)]
+            owner = self._owners(batch)
             self._rows[key] = {
                 name: torch.tensor([i for i, o in enumerate(owner) if o == name], device=device)
                 for name in dict.fromkeys(owner)
             }
         return self._rows[key]
 
+    def _owners(self, batch: int) -> list[str]:
+        assert self.route is not None
+        times, rest = divmod(batch, len(self.route))
+        if rest or not times:
+            raise ValueError(
+                f"adapter_names has {len(self.route)} entries, but a layer was called with a batch of {batch}; "
+                "give one name for each row of the batch."
+            )
+        return [name for name in self.route for _ in range(times)]
+
+    def mask(
+        self, batch: int, parts: tuple[tuple[str, int, float], ...], device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """(batch, total rank): a part's scaling where it is the row's own (in a mixed batch), else 0.
+
+        Args:
+            batch: number of rows; 1 without a route, where every part is every row's.
+            parts: (adapter, rank, scaling) of each stacked branch.
+            device: where the mask is needed.
+            dtype: in which dtype.
+        """
+        key = (batch, parts, device, dtype)
+        if key not in self._masks:
+            owners = self._owners(batch) if self.route is not None else [None] * batch
+            rows = [[s * (owner in (None, name)) for name, r, s in parts for _ in range(r)] for owner in owners]
+            self._masks[key] = torch.tensor(rows, device=device, dtype=dtype)
+        return self._masks[key]
+
     def send(self, names: Iterable[str] | None) -> None:
         """Route the rows of the batches to come, or stop routing."""
         self.route = None if names is None else tuple(names)
-        self._rows = {}
+        self._rows, self._masks = {}, {}
 
     @contextlib.contextmanager
     def only(self, name: str) -> Iterator[None]:
@@ -67,6 +101,7 @@ class State:
 
     def __deepcopy__(self, memo: dict) -> State:
         twin = State(self.active, self.enabled, dict(self.gains), self.route)
+        twin.version = self.version
         memo[id(self)] = twin
         return twin
 
@@ -86,20 +121,36 @@ class Adapted(nn.Module):
         self.lent: Parameters | None = None
         self.guest: Parameters | None = None
         self.merged_names: tuple[str, ...] = ()
+        self._decided = -1
+        self._names: list[str] = []
+        self._path: LowRankPath | None = None
         self.train(base_layer.training)
 
     # ---- forward ----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         state = self.state
         if not state.enabled:
-            return self.base_layer(*args, **kwargs)
+            return self._modules["base_layer"](*args, **kwargs)  # the plain lookup is slow enough to show
+        if self._decided != state.version:
+            self._decide(state)
+        if self._path is not None and not state.gains and not self.gains and len(args) == 1 and not kwargs:
+            if not torch.compiler.is_compiling():
+                y = self._path(args[0])
+                if y is not None:
+                    return y
         if state.route is not None:
             return self._mixed(state.route, args, kwargs)
-        names = [name for name in state.active if name in self.adapters and name not in self.merged_names]
-        if not names:
-            return self.base_layer(*args, **kwargs)
+        if not self._names:
+            return self._modules["base_layer"](*args, **kwargs)
         x, args = self._first(args, kwargs)
-        return self.around(names, self._layer(args, kwargs), args, kwargs)(x)
+        return self.around(self._names, self._layer(args, kwargs), args, kwargs)(x)
+
+    def _decide(self, state: State) -> None:
+        """Which adapters run here, and whether the short way serves them: once per change of the switchboard."""
+        self._decided = state.version
+        wanted = state.active if state.route is None else tuple(dict.fromkeys(state.route))
+        self._names = [name for name in wanted if name in self.adapters and name not in self.merged_names]
+        self._path = path(self, self._names, state.route) if self._names else None
 
     def _first(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple]:
         if args:
@@ -215,6 +266,7 @@ class Adapted(nn.Module):
         if overrides:
             self.original = self.site.put({k: nn.Parameter(v.detach().clone(), False) for k, v in overrides.items()})
             self.merged_names = tuple(names)
+            self.state.changed()
             return
         ordered = sorted(names, key=lambda n: not isinstance(self.adapters[n], Reweight))
         with torch.no_grad():
@@ -229,6 +281,7 @@ class Adapted(nn.Module):
             )
         self.original = self.site.swap(weight, bias)
         self.merged_names = tuple(names)
+        self.state.changed()
         if keep is not None:
             for parameter in self.original.values():
                 if parameter is not None:
@@ -244,6 +297,7 @@ class Adapted(nn.Module):
             if old is not None and new is not None and old.device != new.device:
                 old.data = old.data.to(new.device)
         self.original, self.merged_names = None, ()
+        self.state.changed()
 
     def lend(self, residual: Parameters | None) -> None:
         """Have ``residual`` stand in for the layer's own parameters, or, with None, have those back."""

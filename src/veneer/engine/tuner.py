@@ -132,6 +132,7 @@ class Tuner(nn.Module):
         adapter.train(host.training)
         host.adapters[name] = adapter
         self._hosts[name].append(host)
+        self.state.changed()
         if adapter.residual is not None and host not in self._split_hosts:
             self._split_hosts.append(host)
 
@@ -191,6 +192,7 @@ class Tuner(nn.Module):
         if active != self.state.active:
             self.state.active = active
             self._settle()
+        self.state.changed()
         for host in reversed(self._hosts.pop(name)):
             del host.adapters[name]
             host.gains.pop(name, None)
@@ -224,6 +226,7 @@ class Tuner(nn.Module):
         """
         self._require(old)
         self._check_name(new)
+        self.state.changed()
         for host in self._hosts[old]:
             host.adapters[new] = host.adapters.pop(old)
             host.merged_names = tuple(new if n == old else n for n in host.merged_names)
@@ -413,7 +416,8 @@ class Tuner(nn.Module):
                         f"Adapter '{name}' replaced base weights at its start, so it cannot share a batch; convert it "
                         "to plain LoRA first."
                     )
-        self.state.send(names)
+        if names is not None or self.state.route is not None:
+            self.state.send(names)
 
     # ---- merging ----------------------------------------------------------------------------------------------------
     def merge(self, *names: str, check: bool = True, keep: torch.device | str | None = None) -> None:
