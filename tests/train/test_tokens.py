@@ -48,11 +48,21 @@ def test_prompt_and_completion_split_where_a_token_would_straddle_them(tokenizer
     """A prompt that ends inside what would be one token must be read as it will be at inference."""
     assert len(tokenizer(" colour")["input_ids"]) == 1
     example = Example("row", prompt="What col", completion="our is")
-    renderer, got = rows(tokenizer, example, format="prompt")
+    renderer, got = rows(tokenizer, example, format="prompt", template="none")
     prompt = tokenizer("What col")["input_ids"]
     assert got.rows[0]["input_ids"][: len(prompt)] == prompt
     assert learnt(tokenizer, got) == "our is<|im_end|>"
     assert got.counts["split_at_boundary"] == 1
+
+
+def test_prompts_use_the_chat_template_unless_their_completions_continue_them(tokenizer):
+    from veneer.train.data import continues
+
+    question, text = Example("a", prompt="Q", completion="A"), Example("b", prompt="Q: x\nA:", completion=" y")
+    assert not continues([question, question, text])
+    assert continues([text, text, question])
+    assert Renderer(tokenizer, "prompt").template == "chat"
+    assert Renderer(tokenizer, "prompt", continues=True).template == "none"
 
 
 def test_alpaca_uses_the_chat_template_or_else_its_own_prompt(tokenizer):
@@ -89,7 +99,7 @@ def test_a_template_that_rewrites_earlier_turns_learns_the_last_one_only(tokeniz
 
 
 def test_rows_cut_before_their_answer_are_dropped_and_counted(tokenizer):
-    renderer = Renderer(tokenizer, "prompt")
+    renderer = Renderer(tokenizer, "prompt", template="none")
     short, long = (
         Example("a", prompt="Q", completion="yes"),
         Example("b", prompt="What is the sky " * 9, completion="yes"),
@@ -113,7 +123,7 @@ def test_bos_is_put_once_and_not_learnt(tokenizer):
     opening.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<|im_start|> $A", special_tokens=[("<|im_start|>", bos)]
     )
-    _, plain = rows(opening, Example("row", prompt="Q", completion="A"), format="prompt")
+    _, plain = rows(opening, Example("row", prompt="Q", completion="A"), format="prompt", template="none")
     assert plain.rows[0]["input_ids"].count(bos) == 1
     assert plain.rows[0]["labels"][0] == IGNORED
     _, templated = rows(opening, chat(("user", "Q"), ("assistant", "A")))

@@ -65,7 +65,9 @@ def prepare(config: RunConfig) -> Prepared:
     else:
         rows, held_rows = data.split(examples.rows, options.holdout, config.train.seed)
         files = examples.files
-    renderer = Renderer(tokenizer, examples.format, options.template, options.loss_on, options.system)
+    renderer = Renderer(
+        tokenizer, examples.format, options.template, options.loss_on, options.system, data.continues(rows)
+    )
     train = renderer.tokenise(rows, options.max_length, options.too_long)
     renderer.counts = type(renderer.counts)()
     held = renderer.tokenise(held_rows, options.max_length, options.too_long)

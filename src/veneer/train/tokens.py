@@ -48,22 +48,30 @@ class Renderer:
     Args:
         tokenizer: a transformers tokenizer.
         template: ``chat`` (the tokenizer's template), ``alpaca``, ``none``, or ``auto``: chat where there is a template
-            and the data are instructions or conversations, plain text for prompt/completion and text data.
+            and the data are instructions, conversations, or prompts whose completions do not ``continue`` their text.
         loss_on: ``assistant`` (all assistant turns), ``completion`` (the last one), ``all``, or ``auto``.
         format: the data's format, which decides what ``auto`` means.
         system: a system message for conversations without one.
+        continues: prompt and completion are one text, cut in two.
 
     Raises:
         ValueError: conversations without a chat template to render them.
     """
 
     def __init__(
-        self, tokenizer: Any, format: str, template: str = "auto", loss_on: str = "auto", system: str | None = None
+        self,
+        tokenizer: Any,
+        format: str,
+        template: str = "auto",
+        loss_on: str = "auto",
+        system: str | None = None,
+        continues: bool = False,
     ):
         has_template = bool(getattr(tokenizer, "chat_template", None))
         conversations = format in ("messages", "sharegpt")
         if template == "auto":
-            template = "chat" if conversations or (format == "alpaca" and has_template) else "none"
+            instructs = format == "alpaca" or (format == "prompt" and not continues)
+            template = "chat" if conversations or (instructs and has_template) else "none"
             if format == "alpaca" and template == "none":
                 template = "alpaca"
         if template == "chat" and not has_template:
