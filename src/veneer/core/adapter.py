@@ -189,6 +189,15 @@ class Additive(Adapter):
         """What is added to the bias (out,), or None."""
         return None
 
+    def delta_factors(self) -> tuple[Tensor, Tensor] | None:
+        """(up, down), whose product is dW of the original base as matrices, where the method holds it so.
+
+        Returns:
+            up (..., out, r) and down (..., r, in * kernel), scales included, a leading dimension counting groups or
+            experts; or None.
+        """
+        return None
+
     def low_rank(self) -> LowRank | None:
         """The branch as factors, where ``delta(x)`` is exactly ``s (drop(x) A^T) B^T``; the engine may then fuse it."""
         return None

@@ -5,7 +5,7 @@ A row says how to recognise a module, how to unpack its weight, and how to put a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,8 +38,10 @@ def backend(module: nn.Module) -> Backend | None:
 
 def dense(module: nn.Module, stored: Tensor) -> Tensor:
     """The weight as an ordinary float tensor, in the module's own layout."""
-    if type(stored) is nn.Parameter and stored.is_floating_point():
+    if type(stored) is nn.Parameter and stored.is_floating_point() and stored.device.type != "meta":
         return stored
+    if stored.device.type == "meta" and (parked := offloaded(module)) is not None:
+        return parked["weight"].to(execution_device(module, stored))
     row = backend(module)
     if row is not None:
         return row.dense(module)
@@ -49,6 +51,17 @@ def dense(module: nn.Module, stored: Tensor) -> Tensor:
         f"A {type(module).__name__} holds its weight as {stored.dtype}, and no quantisation back end here knows how to "
         "read it; use a method that does not read the weight."
     )
+
+
+def offloaded(module: nn.Module) -> Mapping[str, Tensor] | None:
+    """Where accelerate keeps a dispatched module's tensors (name -> tensor) while they are not in use, or None."""
+    return getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+
+
+def execution_device(module: nn.Module, stored: Tensor) -> torch.device:
+    """Where the module computes: a dispatched module's tensors may be on the meta device until it is called."""
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return stored.device if device is None or stored.device.type != "meta" else torch.device(device)
 
 
 def packed(module: nn.Module, name: str, weight: Tensor) -> dict[str, nn.Parameter | None]:

@@ -71,7 +71,8 @@ class Site:
 
     @property
     def device(self) -> torch.device:
-        return self.stored.device
+        """Where the layer computes."""
+        return quant.execution_device(self.module, self.stored)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,7 +100,16 @@ class Site:
         return weight
 
     def swap(self, weight: Tensor, bias: Tensor | None) -> Parameters:
-        """Put in new parameters holding ``weight`` and ``bias``; returns the old objects for ``put``."""
+        """Put in new parameters holding ``weight`` and ``bias``; returns the old objects for ``put``.
+
+        Raises:
+            ValueError: the layer's tensors are parked elsewhere and would overwrite the new ones at the next call.
+        """
+        if quant.offloaded(self.module) is not None:
+            raise ValueError(
+                f"'{self.path}' is offloaded, so a merged weight would be lost at its next call; load the model without "
+                "offloading to merge."
+            )
         name, bias_name = self._names()
         new: Parameters = quant.packed(self.module, name, self._stored_form(weight))
         if bias_name is not None or bias is not None:

@@ -31,7 +31,9 @@ class LowRankPath:
     def __call__(self, x: Tensor) -> Tensor | None:
         layer = self.layer
         weight = layer.weight
-        if weight.requires_grad or x.dtype != weight.dtype or layer._forward_hooks or layer._forward_pre_hooks:
+        if weight.requires_grad or x.dtype != weight.dtype or "forward" in layer.__dict__:
+            return None
+        if layer._forward_hooks or layer._forward_pre_hooks:
             return None
         if torch.is_autocast_enabled(x.device.type):
             return None
@@ -63,7 +65,7 @@ _HALF = (torch.float16, torch.bfloat16)
 def path(host: Adapted, names: list[str], route: tuple[str, ...] | None) -> LowRankPath | None:
     """The short way for these adapters at this layer, or None where there is none."""
     layer = host.base_layer
-    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or "forward" in layer.__dict__:
+    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
         return None
     if host.site.kind != "linear" or getattr(host.site, "turned", False) or not layer.weight.is_floating_point():
         return None
