@@ -50,7 +50,7 @@ def show_inspection(found: Any, every: bool) -> None:
     largest = max((layer.norm for layer in found.layers), default=1.0) or 1.0
     for layer in shown:
         if layer is None:
-            table.add_row(Text(f"... {len(found.layers) - 2 * ENDS} more, --all shows them", "italic"), "", "", "", "")
+            table.add_row(Text(f"... {len(found.layers) - 2 * ENDS} more (--all)", "italic"), "", "", "", "")
             continue
         bar = "▁▂▃▄▅▆▇█"[min(7, int(8 * layer.norm / largest))]
         effective = f"{layer.effective_rank:.1f}" if layer.effective_rank is not None else ""

@@ -187,14 +187,15 @@ class Progress(TrainerCallback):
 
     def _line(self, state: TrainerState) -> Table:
         done = state.global_step / max(1, state.max_steps)
-        filled = round(done * WIDTH)
+        width = WIDTH if self.console.width >= 110 else WIDTH // 2
+        filled = round(done * width)
         line = Table.grid(padding=(0, 2))
-        bar = Text("━" * filled, "green") + Text("━" * (WIDTH - filled), "bright_black")
+        for _ in range(3):
+            line.add_column(no_wrap=True)
+        bar = Text("━" * filled, "green") + Text("━" * (width - filled), "bright_black")
         line.add_row(bar, Text(self._text(state)), Text(self.held, "cyan"))
-        if self.console.width >= 80:
-            line.add_row(
-                Text(sparkline(self.losses), "magenta"), Text("loss so far", "bright_black") if self.losses else "", ""
-            )
+        if len(self.losses) > 1:
+            line.add_row(Text(sparkline(self.losses, width), "magenta"), Text("loss so far", "bright_black"), "")
         return line
 
 
