@@ -141,7 +141,8 @@ def test_the_start_is_exactly_the_base_also_in_half_precision() -> None:
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
-        *((kind, {}) for kind in ("linear", "linear_no_bias", "conv1d_hf", "conv1d", "conv2d", "conv2d_1x1", "embedding")),
+        *((kind, {}) for kind in ("linear", "linear_no_bias", "conv1d_hf", "conv1d", "conv2d", "conv2d_1x1")),
+        ("embedding", {}),
         ("conv3d", {}),
         ("linear", {"use_rslora": True, "lora_alpha": 16}),
         ("linear", {"lora_dropout": 0.3}),

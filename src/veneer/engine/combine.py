@@ -15,21 +15,15 @@ factors hold all scales. Any additive method may be a member.
 
 from __future__ import annotations
 
-import copy
-import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from veneer.core import registry
-from veneer.core.adapter import Adapter, Additive, Stacked
-from veneer.core.sites import Site
-from veneer.engine import targets
+from veneer.core.adapter import Additive, Stacked
 from veneer.engine.adapted import Adapted
+from veneer.engine.as_lora import Combined, Delta, additive, copy_companions, delta_of, is_own, label, plant
 from veneer.engine.tuner import Tuner
 from veneer.ops import combining as ops
 from veneer.ops.combining import Pair
@@ -44,25 +38,6 @@ class Options:
     density: float | None
     by: str
     generator: torch.Generator
-
-
-@dataclass
-class Delta:
-    """One member's effect on one weight, as matrices (..., out, in)."""
-
-    pair: Pair
-    weight: float
-    dense: Tensor | None = None
-    plain: tuple[Tensor, Tensor, float] | None = None
-    """(A, B, s) where the member is nothing but s B A."""
-
-    @property
-    def rank(self) -> int:
-        return self.pair[0].shape[-1]
-
-    @property
-    def matrix(self) -> Tensor:
-        return self.pair[0] @ self.pair[1] if self.dense is None else self.dense
 
 
 Rule = Callable[[list[Delta], Options], tuple[Pair, float]]
@@ -123,8 +98,8 @@ def _on_factors(how: str) -> Rule:
         members = [d.plain for d in deltas]
         if None in members or len({d.rank for d in deltas}) > 1:
             raise ValueError(
-                f"combination_type='{how}_factors' needs members that are plain LoRA adapters of one rank; use '{how}', "
-                "which works on the deltas."
+                f"combination_type='{how}_factors' needs members that are plain LoRA adapters of one rank; use "
+                f"'{how}', which works on the deltas."
             )
         roots = [abs(d.weight * d.plain[2]) ** 0.5 for d in deltas]  # type: ignore[index]
         signs = [-1.0 if d.weight < 0 else 1.0 for d in deltas]
@@ -189,12 +164,18 @@ def add_weighted_adapter(
     with tuner.disabled():  # the original weights are in place, whatever is merged or stands in for them
         combined = combine(tuner, dict(zip(adapters, weights, strict=True)), rule, options)
         plant(tuner, name, list(adapters), combined)
-        _copy_companions(tuner, name, dict(zip(adapters, weights, strict=True)))
-    return {_label(host.site): one.lost for host, one in combined.items()}
+        copy_companions(tuner, name, dict(zip(adapters, weights, strict=True)))
+    return {label(host.site): one.lost for host, one in combined.items()}
 
 
 def _checked(
-    tuner: Tuner, adapters: Sequence[str], weights: Sequence[float], name: str, kind: str, density: float | None, by: str
+    tuner: Tuner,
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    name: str,
+    kind: str,
+    density: float | None,
+    by: str,
 ) -> Rule:
     tuner._require(*adapters)
     tuner._check_name(name)
@@ -206,6 +187,8 @@ def _checked(
         raise ValueError(f"Unknown combination_type '{kind}'; known are {', '.join(RULES)}.")
     if any(kind.startswith(entrywise) for entrywise in ENTRYWISE) and (density is None or not 0 < density <= 1):
         raise ValueError(f"combination_type='{kind}' needs a density in (0, 1], not {density}.")
+    if tuner.merged:
+        raise ValueError(f"Adapters are merged ({', '.join(tuner.merged)}); unmerge before combining.")
     if by not in ("total", "frequency"):
         raise ValueError(f"majority_sign_method must be 'total' or 'frequency', not '{by}'.")
     for member in adapters:
@@ -215,20 +198,10 @@ def _checked(
         holders = [m for m in adapters if getattr(tuner.configs[m], option, None)]
         if len(holders) > 1:
             raise ValueError(
-                f"The adapters {' and '.join(holders)} each hold {option}, of which there is no sum; combine adapters of "
-                "which at most one does."
+                f"The adapters {' and '.join(holders)} each hold {option}, of which there is no sum; combine adapters "
+                "of which at most one does."
             )
     return RULES[kind]
-
-
-# ---- reading --------------------------------------------------------------------------------------------------------
-@dataclass
-class Combined:
-    """The result at one site: factors (out, in side), what goes onto the bias, and the error of the rank."""
-
-    pair: Pair
-    bias: Tensor | None
-    lost: float
 
 
 def combine(tuner: Tuner, members: dict[str, float], rule: Rule, options: Options) -> dict[Adapted, Combined]:
@@ -252,143 +225,3 @@ def combine(tuner: Tuner, members: dict[str, float], rule: Rule, options: Option
                 bias = weight * own.float() + (0 if bias is None else bias)
         out[host] = Combined(pair, bias, lost)
     return out
-
-
-def is_own(tuner: Tuner, name: str, adapter: Adapter) -> bool:
-    """Whether an adapter is the method's own, not one that serves an option (a bias, a saved module)."""
-    build = registry.of(tuner.configs[name].peft_type).build  # type: ignore[arg-type]
-    return isinstance(adapter.each[0] if isinstance(adapter, Stacked) else adapter, build)
-
-
-def additive(name: str, adapter: Adapter) -> Additive | Stacked:
-    """The adapter, if it has a delta.
-
-    Raises:
-        ValueError: it has none.
-    """
-    first = adapter.each[0] if isinstance(adapter, Stacked) else adapter
-    where = f"Adapter '{name}' ({type(first).__name__}) at '{adapter.site.path}'"
-    if not isinstance(first, Additive) or not first.mergeable:
-        raise ValueError(f"{where} is no sum onto the weight, so it cannot be combined or turned into LoRA.")
-    if first.residual is not None and first.delta_factors() is None:
-        raise ValueError(
-            f"{where} replaced the base weight at its start and has no plain form for the original base; merge it instead."
-        )
-    return adapter  # type: ignore[return-value]
-
-
-def delta_of(adapter: Additive | Stacked, weight: float = 1.0) -> Delta:
-    """One adapter's delta, with factors: its own, or such as hold it exactly."""
-    own = adapter.delta_factors() if isinstance(adapter, Additive) else None
-    if own is not None:
-        plain = None
-        if adapter.residual is None and hasattr(adapter, "matrices") and hasattr(adapter, "scaling"):
-            a, b = adapter.matrices()
-            plain = a.float(), b.float(), adapter.scaling
-        return Delta((own[0].float(), own[1].float()), weight, plain=plain)
-    each = adapter.each if isinstance(adapter, Stacked) else None
-    dense = adapter.delta_weight() if each is None else torch.stack([one.delta_weight() for one in each])  # type: ignore
-    dense = as_matrices(adapter.site, dense.float())
-    return Delta(ops.factored(dense)[0], weight, dense=dense)
-
-
-def as_matrices(site: Site, weight: Tensor) -> Tensor:
-    """A weight as ``matrices`` of LoRA sees it: (experts, out, in), (groups, out / groups, n), or (out, in)."""
-    if site.kernel:
-        groups = getattr(site, "groups", 1)
-        return weight.reshape(groups, weight.shape[0] // groups, -1)
-    return weight
-
-
-# ---- writing --------------------------------------------------------------------------------------------------------
-def plant(tuner: Tuner, name: str, members: Sequence[str], combined: dict[Adapted, Combined]) -> None:
-    """Add a plain LoRA adapter that holds the combined factors."""
-    config = lora_config(tuner, members, combined)
-    tuner.add(name, config, only={host.site.path for host in combined})
-    try:
-        for host, one in combined.items():
-            fill(host.adapters[name], one)
-    except BaseException:
-        tuner.delete(name)
-        raise
-
-
-def fill(adapter: Any, one: Combined) -> None:
-    """Put factors (with scale 1) and bias into a LoRA adapter; a lower rank than its own leaves zeros."""
-    up, down = one.pair
-    a, b = adapter.matrices()
-    a.zero_()
-    b.zero_()
-    rank = down.shape[-2]
-    a[..., :rank, :].copy_(down.reshape(*a.shape[:-2], rank, a.shape[-1]))
-    b[..., :rank].copy_(up.reshape(*b.shape[:-1], rank))
-    if one.bias is not None:
-        adapter.lora_B.bias.copy_(one.bias)
-
-
-def lora_config(tuner: Tuner, members: Sequence[str], combined: dict[Adapted, Combined]) -> Any:
-    """Settings of a LoRA at exactly these sites, alpha equal to the rank everywhere."""
-    first = tuner.configs[members[0]]
-    configs = [tuner.configs[m] for m in members]
-    ranks = {host: one.pair[1].shape[-2] * getattr(host.site, "groups", 1) for host, one in combined.items()}
-    common = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {f"^{re.escape(_label(host.site))}": r for host, r in ranks.items() if r != common}
-    biases = {getattr(c, "bias", "none") for c in configs} - {"none"}
-    saved = [m for c in configs for m in getattr(c, "modules_to_save", None) or ()]
-    tokens = [c.trainable_token_indices for c in configs if getattr(c, "trainable_token_indices", None)]
-    settings = {
-        "r": common, "lora_alpha": common, "rank_pattern": pattern, "alpha_pattern": dict(pattern),
-        "lora_bias": any(one.bias is not None for one in combined.values()),
-        "bias": "none" if not biases else "all" if "all" in biases else "lora_only",
-        "modules_to_save": saved or None, "trainable_token_indices": copy.deepcopy(tokens[0]) if tokens else None,
-        "ensure_weight_tying": any(getattr(c, "ensure_weight_tying", False) for c in configs),
-        "fan_in_fan_out": any(getattr(c, "fan_in_fan_out", False) for c in configs),
-        "task_type": first.task_type, "base_model_name_or_path": first.base_model_name_or_path,
-        "revision": first.revision, "auto_mapping": copy.deepcopy(first.auto_mapping),
-    }  # fmt: skip
-    build = registry.of("LORA").config
-    return build(**settings | _places(tuner, configs, combined, build))
-
-
-PLACES = ("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern")
-
-
-def _places(tuner: Tuner, configs: list[Any], combined: dict[Adapted, Combined], build: type) -> dict[str, Any]:
-    """Words for exactly these sites: the members' own, their names' ends, or, where those say too much, a regex."""
-    sites = [host.site for host in combined]
-    bare = [s for s in sites if s.kind == "parameter" and not isinstance(s.module, nn.MultiheadAttention)]
-    paths = list(dict.fromkeys(s.path for s in sites if s not in bare))
-    parameters = [f"{s.path}.{s.parameter}" for s in bare]
-    wanted = {(p, None) for p in paths} | {(s.path, s.parameter) for s in bare}
-    ends = sorted({p.rpartition(".")[2] for p in paths})
-    offers: list[dict[str, Any]] = [{f: copy.deepcopy(getattr(configs[0], f, None)) for f in PLACES}]
-    offers += [{"target_modules": ends, "target_parameters": parameters or None}]
-    offers += [{"target_modules": "|".join(map(re.escape, paths)) or [], "target_parameters": parameters or None}]
-    for offer in offers[:2]:
-        try:
-            found = targets.find(tuner.model, build(**offer))
-        except (ValueError, TypeError):
-            continue
-        if {(t.path, t.parameter) for t in found} == wanted:
-            return offer
-    return offers[2]
-
-
-def _label(site: Site) -> str:
-    """A site's name as ``rank_pattern`` sees it."""
-    return f"{site.path}.{site.parameter}" if site.kind == "parameter" and not site.below else site.path
-
-
-def _copy_companions(tuner: Tuner, name: str, members: dict[str, float]) -> None:
-    """Trained biases add up; a saved module or trained rows, which one member may hold, are taken as they are."""
-    for host in tuner.hosts(name):
-        new = host.adapters[name]
-        if is_own(tuner, name, new):
-            continue
-        start = {k: v.clone() for k, v in new.state_dict().items()}
-        for member, weight in members.items():
-            if member not in host.adapters:
-                continue
-            for key, value in host.adapters[member].state_dict().items():
-                own = new.state_dict()[key]
-                own.add_(weight * (value - start[key])) if new.overrides() is not None else own.copy_(value)

@@ -145,9 +145,12 @@ class AdaLora(Additive):
     def delta_weight(self) -> Tensor:
         return (self.scaling * (self.lora_B @ (self.lora_A * self.lora_E))).reshape(self.site.shape)
 
-    def matrices(self) -> tuple[Tensor, Tensor]:
-        """(A, B), such that ``scaling * B A`` is the delta."""
-        return self.lora_A * self.lora_E, self.lora_B
+    def delta_factors(self) -> tuple[Tensor, Tensor] | None:
+        groups = getattr(self.site, "groups", 1)
+        if groups > 1:
+            return None  # one pair for all groups, where the others count a pair for each
+        up, down = self.scaling * self.lora_B, self.lora_A * self.lora_E
+        return (up[None], down[None]) if self.site.kernel else (up, down)
 
     def penalty(self) -> Tensor | None:
         if not self.weight_of_penalty:

@@ -122,6 +122,9 @@ class Dora(Lora):
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         return self.merged(weight, None)[0] - weight
 
+    def delta_factors(self) -> None:
+        return None
+
     def incoming(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         old = "lora_magnitude_vector.weight"
         tensors = super().incoming({k.removesuffix(".weight") if k == old else k: v for k, v in tensors.items()})

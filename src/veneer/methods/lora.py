@@ -258,6 +258,14 @@ class Lora(Additive):
             )
         return a.reshape(groups, a.shape[0] // groups, -1), b.reshape(groups, -1, b.shape[1])
 
+    def delta_factors(self) -> Factors | None:
+        a, b = self.matrices()
+        if self.residual is not None and self.start_A is None:
+            return None  # LoftQ: the base that was put in is another one, by no difference of low rank
+        if self.start_A is not None:  # against the original base, a start that moved a part of it counts as well
+            a, b = torch.cat([a, self.start_A], dim=-2), torch.cat([b, -self.start_B], dim=-1)
+        return self.scaling * b, a
+
     def laid_out(self, a: Tensor, b: Tensor) -> Factors:
         """The inverse of ``matrices``."""
         return a.reshape(-1, *self.factors()[0].shape[1:]), b.reshape(-1, b.shape[-1], *[1] * len(self.site.kernel))
