@@ -89,7 +89,10 @@ class _FusedLinear(torch.autograd.Function):
         seed: int, mask: Tensor | None,
     ) -> Tensor:  # fmt: skip
         flat = x.reshape(-1, x.shape[-1])
-        h = (_dropped(flat, dropout, seed) if dropout else flat) @ a.t()
+        if dropout:
+            keep, share = _dropout_mask(flat, dropout, seed)
+            flat, scaling = flat * keep, scaling / share
+        h = flat @ a.t()
         if mask is not None:
             h = h * mask
         y = F.linear(x, weight, bias)
@@ -102,7 +105,7 @@ class _FusedLinear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, h, mask = ctx.saved_tensors
-        scaling, dropout, seed = ctx.rest
+        scaling, dropout, seed = ctx.rest  # the scaling already makes up for what is dropped
         g, flat = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         dx = da = db = None
         if ctx.needs_input_grad[4]:
@@ -112,24 +115,24 @@ class _FusedLinear(torch.autograd.Function):
             if mask is not None:
                 dh = dh * mask
             dh = dh * scaling
+            keep = _dropout_mask(flat, dropout, seed)[0] if dropout else None
             if ctx.needs_input_grad[3]:
-                da = dh.t() @ (_dropped(flat, dropout, seed) if dropout else flat)
+                da = dh.t() @ (flat if keep is None else flat * keep)
             if ctx.needs_input_grad[0]:
                 dx = g @ weight
-                dx = dx + _dropped(dh @ a, dropout, seed) if dropout else dx.addmm_(dh, a)
+                dx = dx.addmm_(dh, a) if keep is None else dx.add_((dh @ a).mul_(keep))
                 dx = dx.view_as(x)
         return dx, None, None, da, db, None, None, None, None
 
 
-def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
-    """Dropout of a (N, in) tensor whose mask is a function of the seed alone: one random byte an entry.
+def _dropout_mask(x: Tensor, p: float, seed: int) -> tuple[Tensor, float]:
+    """(which entries of x are kept, the share that is kept): a function of the seed, one random byte an entry.
 
-    The probability is rounded to a 256th, and the kept entries are scaled by exactly that.
+    The probability is rounded to a 256th; the share kept is exact for what was rounded to.
     """
     cut = min(max(round(p * 256), 1), 255)
     generator = torch.Generator(x.device)
     generator.manual_seed(seed)
-    words = -(-x.numel() // 8)
-    bits = torch.empty(words, dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)  # all 64 bits
-    bytes_ = bits.view(torch.uint8)[: x.numel()].view_as(x)
-    return torch.where(bytes_ >= cut, x * (256 / (256 - cut)), 0.0)
+    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
+    words.random_(-(2**63), None, generator=generator)  # all 64 bits
+    return words.view(torch.uint8)[: x.numel()].view_as(x) >= cut, 1 - cut / 256
