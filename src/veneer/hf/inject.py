@@ -43,6 +43,8 @@ def inject_adapter_in_model(
     tuner.inject(adapter_name, peft_config, low_cpu_mem_usage=low_cpu_mem_usage, only=only)
     tuner.set_active(*tuner.state.active or (adapter_name,), trainable=not peft_config.inference_mode)
     model.__dict__["_veneer_tuner"] = (tuner,)
+    # Others keep their own count of a model's adapters there, and take entries out themselves.
+    model.__dict__.setdefault("peft_config", {})[adapter_name] = peft_config
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from veneer.hf import hub
 from veneer.hf.layer_face import PeftLayer
 from veneer.hf.model import PeftModel
 from veneer.hf.state_dict import tuner_of
+from veneer.hf.tuner import parameter_prefix
 
 
 # ---- models with adapters, whatever class they have ---------------------------------------------------------------
@@ -245,8 +247,19 @@ def freeze_adapter(model: nn.Module, adapter_name: str) -> None:
 def build_peft_weight_mapping(
     weight_conversions: list[Any] | None, adapter_name: str, peft_config: Any = None
 ) -> list[Any]:
-    """transformers' renaming from an adapter file's keys to the live names of the adapter's tensors here."""
-    return list(weight_conversions or [])
+    """transformers' renamings from an adapter file's keys to the live names of the adapter's tensors here.
+
+    transformers' own ``load_adapter`` writes a file's tensors by itself; this tells it where to.
+    """
+    from transformers.core_model_loading import WeightRenaming
+
+    prefix = re.escape(parameter_prefix(str(peft_config.peft_type)) if peft_config is not None else "lora_")
+    return [
+        WeightRenaming(r"base_model.model.model.", "model."),
+        WeightRenaming(r"base_model.model.", ""),
+        WeightRenaming(rf"({prefix}[^\.]*)", rf"adapters.{adapter_name}.\1"),
+        *(weight_conversions or []),
+    ]
 
 
 def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, conversions: Any = None) -> None:

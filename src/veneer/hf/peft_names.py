@@ -85,9 +85,6 @@ CONSTANTS: dict[str, Any] = {
     "NoMatchingPeftModuleError": ValueError,
     "PeftWarning": UserWarning,
 }
-PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "VERA": "vera_lambda_", "PVERA": "pvera_lambda_"}
-"""What a method's parameter names start with, where it is not ``<peft_type>_``."""
-
 KINDS = {
     "Linear": ("linear", "conv1d_hf"), "Conv1d": ("conv",), "Conv2d": ("conv",), "Conv3d": ("conv",),
     "_ConvNd": ("conv",), "Embedding": ("embedding",), "ParamWrapper": ("parameter",),
@@ -220,7 +217,9 @@ def _tuners() -> dict[Any, type]:
 
 
 def _prefixes() -> dict[Any, str]:
-    return {t: PREFIXES.get(str(t), f"{str(t).lower()}_") for t in _rows()}
+    from veneer.hf.tuner import parameter_prefix
+
+    return {t: parameter_prefix(str(t)) for t in _rows()}
 
 
 TABLES = {

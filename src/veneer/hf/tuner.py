@@ -99,7 +99,7 @@ class PeftTuner(Tuner):
     def prefix(self) -> str:
         """What the parameter names of this method start with."""
         kind = next(iter(self.configs.values())).peft_type if self.configs else "LORA"
-        return f"{str(kind).lower()}_"
+        return parameter_prefix(str(kind))
 
     # ---- choosing ---------------------------------------------------------------------------------------------------
     @property
@@ -205,6 +205,15 @@ TUNER_NAMES = {
     "UNILORA": "UniLoraModel", "VBLORA": "VBLoRAModel", "VERA": "VeraModel", "WAVEFT": "WaveFTModel",
     "XLORA": "XLoraModel",
 }  # fmt: skip
+
+
+PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "VERA": "vera_lambda_", "PVERA": "pvera_lambda_"}
+"""What a method's parameter names start with, where it is not ``<peft_type>_``."""
+
+
+def parameter_prefix(peft_type: str) -> str:
+    """What the parameter names of a method start with."""
+    return PREFIXES.get(peft_type, f"{peft_type.lower()}_")
 
 
 @functools.cache
