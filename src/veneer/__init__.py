@@ -27,6 +27,9 @@ _HOMES = {
     ],
     "veneer.hf.state_dict": ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"],
     "veneer.hf.inject": ["inject_adapter_in_model"],
+    "veneer.hf.initialize": ["initialize"],
+    "veneer.hf.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
+    "veneer.hf.preprocess": ["preprocess_corda", "preprocess_loraga", "replace_lora_weights_loftq"],
     "veneer.hf.status": ["get_layer_status", "get_model_status"],
     "veneer.hf.auto": [
         "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction", "AutoPeftModelForQuestionAnswering",

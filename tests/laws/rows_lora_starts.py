@@ -25,5 +25,6 @@ ROWS = [
     Row("milora", lora("milora"), tested=SOME, start_tolerance=CLOSE),
     Row("mica", lora("mica"), tested=SOME),
     Row("orthogonal", lora("orthogonal"), tested=SOME),
+    *(Row(name, lora(name), tested=frozenset({"linear", "experts"})) for name in ("eva", "corda", "lora_ga")),
     Row("loftq", lora("loftq", loftq_config=LoftQConfig(loftq_bits=8, loftq_iter=2)), tested=SOME, zero_start=False),
 ]

@@ -34,21 +34,21 @@ Make = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 def pissa(lora: Lora, config: LoraConfig) -> None:
     """``pissa_niter_N`` stops after N Krylov steps; the base takes up what they leave."""
     steps = _steps(str(config.init_lora_weights))
-    s = _checked(lora, "pissa")
+    s = check_splits(lora, "pissa")
     split(lora, *each(lora, lambda w, r: balanced(top_svd(w, r, steps), s)))
 
 
 @start("milora")
 def milora(lora: Lora, config: LoraConfig) -> None:
     """The trailing triplets, which say least about what the weight has learnt; the leading ones stay in the base."""
-    s = _checked(lora, "milora")
+    s = check_splits(lora, "milora")
     split(lora, *each(lora, lambda w, r: balanced(bottom_svd(w, r), s)))
 
 
 @start("olora")
 def olora(lora: Lora, config: LoraConfig) -> None:
     """The first r columns of Q and rows of R; as the peer has it, not divided by s."""
-    _checked(lora, "olora")
+    check_splits(lora, "olora")
 
     def first_columns(w: Tensor, r: int) -> tuple[Tensor, Tensor]:
         q, upper = thin_qr(w, r)
@@ -60,7 +60,7 @@ def olora(lora: Lora, config: LoraConfig) -> None:
 @start("mica")
 def mica(lora: Lora, config: LoraConfig) -> None:
     """B stays what it is, A starts at zero; the weight is left alone."""
-    _checked(lora, "mica", needs_float=False)
+    check_splits(lora, "mica", needs_float=False)
     place(lora, *each(lora, lambda w, r: (w.new_zeros(r, w.shape[1]), bottom_svd(w, r)[0])))
     lora.fixed = frozenset({lora.factor_names[1]})
 
@@ -86,9 +86,9 @@ def orthogonal(lora: Lora, config: LoraConfig) -> None:
 @start("loftq")
 def loftq(lora: Lora, config: LoraConfig) -> None:
     """The base becomes Q for as long as the adapter is active; the start is near the base, not equal to it."""
-    s, how = _checked(lora, "loftq"), config.loftq_config
+    s, how = check_splits(lora, "loftq"), config.loftq_config
     how = how if isinstance(how, LoftQConfig) else LoftQConfig()
-    w = _matrix(lora)
+    w = base_matrices(lora)
     a, b, q = alternate(w, lora, s, how.loftq_bits, how.loftq_iter)
     place(lora, a, b)
     lora.rebase(q.reshape(lora.site.shape))
@@ -113,7 +113,7 @@ def balanced(triplets: SVD, s: float) -> tuple[Tensor, Tensor]:
 
 def each(lora: Lora, make: Make, w: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``make(W, r) -> (A, B)`` over the separate matrices of a layer, in the form of ``Lora.matrices``."""
-    w = _matrix(lora) if w is None else w
+    w = base_matrices(lora) if w is None else w
     r = lora.matrices()[0].shape[-2]
     if w.dim() == 2:
         return make(w, r)
@@ -121,10 +121,10 @@ def each(lora: Lora, make: Make, w: Tensor | None = None) -> tuple[Tensor, Tenso
     return torch.stack(a), torch.stack(b)
 
 
-def _matrix(lora: Lora) -> Tensor:
-    """The base weight as (..., out, in), float32."""
+def base_matrices(lora: Lora, w: Tensor | None = None) -> Tensor:
+    """The base weight, or another tensor of its shape, as (..., out, in), float32."""
     a, b = lora.matrices()
-    w = lora.site.weight.detach()
+    w = lora.site.weight.detach() if w is None else w
     return w.to(torch.promote_types(w.dtype, torch.float32)).reshape(*b.shape[:-1], a.shape[-1])
 
 
@@ -135,9 +135,13 @@ def _steps(name: str) -> int | None:
     return int(count) if marked else None
 
 
-def _checked(lora: Lora, name: str, needs_float: bool = True) -> float:
-    """s, after refusing what the start cannot work with."""
-    check_rank(lora, name)
+def check_splits(lora: Lora, name: str, times: int = 1, needs_float: bool = True) -> float:
+    """s, after refusing a layer whose weight the start ``name``, which takes ``times`` r directions, cannot split.
+
+    Raises:
+        ValueError: a rank above the layer's dimensions, a packed weight, or a scale that is not positive.
+    """
+    _check_rank(lora, name, times)
     site = lora.site
     if needs_float and (quant.backend(site.module) is not None or not site.stored.is_floating_point()):
         raise ValueError(
@@ -149,8 +153,7 @@ def _checked(lora: Lora, name: str, needs_float: bool = True) -> float:
     return lora.scaling
 
 
-def check_rank(lora: Lora, name: str, times: int = 1) -> None:
-    """Refuse a rank (or ``times`` the rank) that a matrix of this layer does not have."""
+def _check_rank(lora: Lora, name: str, times: int) -> None:
     a, b = lora.matrices()
     r, most = times * a.shape[-2], min(a.shape[-1], b.shape[-2])
     if r > most:

@@ -64,7 +64,7 @@ def doubled(lora: Lora, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def halved(lora: Lora, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of ``doubled`` for a file of rank 2r; A0 and B0 wait in ``lora.arriving`` until the whole file fits."""
+    """The inverse of ``doubled`` for a file of rank 2r; A0, B0 wait in ``lora.arriving`` until all of it fits."""
     lora.arriving = None
     found = tuple(tensors.get(name) for name in lora.factor_names)
     wanted = [_twice(own.shape, lora, i) for i, own in enumerate(lora.factors())]
