@@ -65,6 +65,16 @@ def test_a_run_learns_and_leaves_everything_behind(trained):
     assert outcome.samples[0].expected.startswith("The ")
 
 
+def test_the_report_is_one_page_that_needs_nothing_else(trained):
+    out, outcome = trained
+    page = (out / "report.html").read_text()
+    assert "<script" not in page
+    assert "http" not in page.split("</style>")[1].replace("http://www.w3.org", "")
+    assert f"{outcome.loss_before:.3f} → {outcome.loss_after:.3f}" in page
+    assert page.count("<svg") == 4
+    assert "<th>down_proj</th>" in page
+
+
 def test_the_saved_adapter_gives_the_reported_loss(trained, base):
     out, outcome = trained
     settled = config.load(out / "run.yaml", [], [], adapters.problems)

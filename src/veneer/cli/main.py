@@ -23,6 +23,7 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app.command(context_settings=PASS_ON)(run.train)
 app.command(context_settings=PASS_ON)(run.plan)
+app.command()(run.report)
 app.command()(talk.generate)
 app.command()(talk.chat)
 app.command()(adapter.merge)

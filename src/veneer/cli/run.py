@@ -65,6 +65,13 @@ def plan(words: Words = None, sets: Sets = None, probe: Probe = False, json: Jso
         raise SystemExit(1)
 
 
+def report(folder: Annotated[str, typer.Argument(help="A run's output folder.")]) -> None:
+    """Write report.html from what a run has left so far, finished or not."""
+    from veneer.train import html
+
+    print(html.write(folder))
+
+
 def _prepare(words: list[str] | None, sets: list[str] | None, overwrite: bool) -> tuple[Any, Any]:
     from veneer.train import config
 

@@ -210,7 +210,7 @@ def detect(row: Row, where: str = "the first row") -> str:
 
 
 def continues(examples: list[Example]) -> bool:
-    """Whether prompts and completions are one text cut in two: most of them have the space between them written down."""
+    """Whether prompts and completions are one text cut in two: the space between them is mostly written down."""
     pairs = [(e.prompt, e.completion) for e in examples if e.prompt and e.completion]
     joined = sum(prompt[-1].isspace() or completion[0].isspace() for prompt, completion in pairs)
     return 2 * joined > len(pairs)

@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
 
-from veneer.train import adapters, document, models
+from veneer.train import adapters, document, html, models
 from veneer.train.callbacks import Adapters, Interrupt, Metrics, Progress, size
 from veneer.train.config import RunConfig
 from veneer.train.evaluate import answer, end_tokens
@@ -52,6 +52,7 @@ class Outcome:
     seconds: float = 0.0
     peak_memory: int = 0
     adapter_bytes: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
     stopped_at: str | None = None
     """The checkpoint to resume from, if Ctrl-C ended the run."""
 
@@ -94,7 +95,9 @@ def run(prepared: Prepared, console: Console, resume: bool = False) -> Outcome:
     _after(prepared, model, outcome)
     outcome.peak_memory = models.peak_memory(device)
     outcome.adapter_bytes = sum(file.stat().st_size for file in folder.glob("adapter_model.*"))
+    outcome.data = _summary(prepared)
     (folder / "report.json").write_text(json.dumps(_plain(outcome), indent=2, ensure_ascii=False) + "\n")
+    html.write(folder)
     return outcome
 
 
@@ -168,7 +171,7 @@ def _open(prepared: Prepared, folder: Path, resume: bool) -> Path | None:
         )
     for old in [*(folder / "checkpoints").glob("checkpoint-*")]:
         shutil.rmtree(old)
-    for name in ("metrics.jsonl", "before.json", "report.json"):
+    for name in ("metrics.jsonl", "before.json", "report.json", "report.html"):
         (folder / name).unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     written.write_text(header(prepared.files) + prepared.config.dump(), encoding="utf-8")
@@ -255,6 +258,18 @@ def _after(prepared: Prepared, model: Any, outcome: Outcome) -> None:
     outcome.loss_after = _loss(prepared, model)
     for sample, text in zip(outcome.samples, _answers(prepared, model), strict=True):
         sample.after = text.strip()
+
+
+def _summary(prepared: Prepared) -> dict[str, Any]:
+    """The data in a few figures, for the report."""
+    train, options = prepared.train, prepared.config.data
+    return {
+        "files": ", ".join(prepared.files),
+        "format": f"{options.format}, rendered by {options.template}, learnt: {options.loss_on}",
+        "rows": f"{len(train):,} to train on, {len(prepared.held):,} held out",
+        "tokens": f"{train.tokens:,}, of which {train.learnt:,} are learnt",
+        "row length": f"{min(train.lengths):,} to {max(train.lengths):,} tokens, {train.counts['truncated']:,} cut",
+    }
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:

@@ -146,4 +146,5 @@ def show_outcome(console: Console, outcome: Any) -> None:
         rows.append(("held-out loss", f"{outcome.loss_before:.4f} before, {outcome.loss_after:.4f} after{best}"))
     rows.append(("adapter", f"{outcome.folder}  {size(outcome.adapter_bytes)}"))
     facts(console, rows)
+    console.print(f"Report:      {outcome.folder}/report.html", highlight=False, soft_wrap=True)
     console.print(f"Talk to it:  veneer chat --adapter {outcome.folder}", highlight=False, soft_wrap=True)
