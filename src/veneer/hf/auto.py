@@ -131,7 +131,7 @@ def _by_mapping(config: PeftConfig) -> Any:
     return found
 
 
-def resize_embeddings(base: nn.Module, folder: Path) -> None:
+def resize_embeddings(base: Any, folder: Path) -> None:
     """Give the base the vocabulary the adapter was trained with.
 
     That is the size of an embedding table in the adapter's file, else of a longer tokenizer stored beside it. A shorter

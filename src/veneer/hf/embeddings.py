@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core import registry
+from veneer.core.adapter import Adapter
 from veneer.engine.adapted import Adapted, hosts
 from veneer.engine.checkpoint import PREFIX
 from veneer.engine.targets import original, walk
@@ -29,17 +30,17 @@ class Table:
     wrappers: tuple[Adapted, ...]
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> Tensor:
         """The base's own parameter, also while a merge has put another in its place."""
         for host in self.wrappers:
             for kept in (host.original, host.lent):
-                if kept and kept.get("weight") is not None:
-                    return kept["weight"]
-        return self.module.weight
+                if kept and (weight := kept.get("weight")) is not None:
+                    return weight
+        return self.module.weight  # type: ignore[return-value]
 
-    def adapters(self, name: str) -> list[nn.Module]:
+    def adapters(self, name: str) -> list[Adapter]:
         """What the adapter called ``name`` has planted here."""
-        return [host.adapters[name] for host in self.wrappers if name in host.adapters]
+        return [host.adapters[name] for host in self.wrappers if name in host.adapters]  # type: ignore[misc]
 
     def key(self, name: str) -> str:
         """The file key of the base's weight, as readers of PEFT's files expect it for this adapter."""

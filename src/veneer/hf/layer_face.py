@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from veneer.core import quant, registry
-from veneer.core.adapter import Additive
+from veneer.core import quant
+from veneer.core.adapter import Adapter, Additive
 from veneer.core.sites import Site
 from veneer.engine.adapted import Adapted, State
 from veneer.engine.tuner import Tuner
@@ -26,6 +25,9 @@ class PeftLayer(Adapted):
     @property
     def _tuner(self) -> Tuner | None:
         return self.__dict__["_owner"].get()
+
+    def _own(self, name: str) -> Adapter:
+        return self.adapters[name]  # type: ignore[return-value]
 
     # ---- choosing -------------------------------------------------------------------------------------------------
     @property
@@ -61,7 +63,7 @@ class PeftLayer(Adapted):
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for name in _listed(adapter_names):
             if name in self.adapters:
-                adapter = self.adapters[name]
+                adapter = self._own(name)
                 for key, parameter in adapter.named_parameters():
                     parameter.requires_grad_(requires_grad and key not in adapter.fixed)
 
@@ -129,7 +131,7 @@ class PeftLayer(Adapted):
             ValueError: an adapter without a weight, or with ``safe_merge`` a result that is not finite.
         """
         names = [n for n in (adapter_names or self.state.active) if n in self.adapters]
-        names = [n for n in names if n not in self.merged_names and self.adapters[n].replacement() is None]
+        names = [n for n in names if n not in self.merged_names and self._own(n).replacement() is None]
         self.fold_in(names, check=safe_merge)
         self._tell()
 
@@ -152,7 +154,7 @@ class PeftLayer(Adapted):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What a merge of this adapter adds to the weight, in the layer's own layout."""
-        own = self.adapters[adapter]
+        own = self._own(adapter)
         weight, bias = self.site.weight.float(), self.site.bias
         delta = own.delta_weight() if isinstance(own, Additive) else own.merged(weight, bias)[0] - weight
         gain = self._gain(adapter)
@@ -187,7 +189,7 @@ class PeftLayer(Adapted):
 
     def __getattr__(self, name: str) -> Any:
         if name in _WRAPPER_NAMES:  # only where there are copies: their absence tells others what this is not
-            copies = _Named({n: c for n, a in self.adapters.items() if (c := a.replacement()) is not None})
+            copies = _Named({n: c for n in self.adapters if (c := self._own(n).replacement()) is not None})
             if not copies:
                 raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
             return copies if name == "modules_to_save" else self.get_base_layer()
@@ -254,69 +256,3 @@ class _Scalings(MutableMapping):
 
     def __repr__(self) -> str:
         return repr(dict(self))
-
-
-# ---- classes that others check against ----------------------------------------------------------------------------
-class Face(type):
-    """A class without instances of its own: what is one of it is told by what the layer holds."""
-
-    says: Callable[[Any], bool]
-
-    def __instancecheck__(cls, thing: Any) -> bool:
-        return bool(cls.says(thing)) if "says" in vars(cls) else super().__instancecheck__(thing)
-
-
-def face(name: str, doc: str, says: Callable[[Any], bool]) -> type:
-    """A class called ``name`` whose instances are those for which ``says`` holds."""
-    return Face(name, (), {"__doc__": doc, "says": staticmethod(says), "__module__": __name__})
-
-
-def holding(peft_type: str, kinds: Sequence[str] = ()) -> Callable[[Any], bool]:
-    """Whether a module is an adapted layer (of one of ``kinds`` of sites, if given) with an adapter of this method."""
-
-    def says(thing: Any) -> bool:
-        if not isinstance(thing, Adapted) or (kinds and thing.site.kind not in kinds):
-            return False
-        row = registry.METHODS.get(peft_type)
-        return row is not None and any(isinstance(a, row.build) for a in thing.adapters.values())
-
-    return says
-
-
-def _is_helper(thing: Any, *options: str) -> bool:
-    builds = tuple(b for option, b in registry.AUXILIARY.items() if not options or option in options)
-    return isinstance(thing, Adapted) and any(isinstance(a, builds) for a in thing.adapters.values())
-
-
-def _is_tuner_layer(thing: Any) -> bool:
-    """An adapted layer, unless all that it holds are helpers (copies, trained rows, biases)."""
-    if not isinstance(thing, Adapted):
-        return False
-    helpers = tuple(registry.AUXILIARY.values())
-    return not len(thing.adapters) or any(not isinstance(a, helpers) for a in thing.adapters.values())
-
-
-BaseTunerLayer = face("BaseTunerLayer", "Any layer that a method's adapters are around.", _is_tuner_layer)
-AuxiliaryTrainingWrapper = face(
-    "AuxiliaryTrainingWrapper",
-    "A module with a trained copy or trained rows beside the method.",
-    lambda thing: _is_helper(thing, "modules_to_save", "trainable_token_indices"),
-)
-ModulesToSaveWrapper = face(
-    "ModulesToSaveWrapper", "A module with a trained copy.", lambda thing: _is_helper(thing, "modules_to_save")
-)
-TrainableTokensWrapper = face(
-    "TrainableTokensWrapper", "A module with trained rows.", lambda thing: _is_helper(thing, "trainable_token_indices")
-)
-LoraLayer = face("LoraLayer", "An adapted layer that holds a LoRA adapter.", holding("LORA"))
-
-
-def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-    """Bring an adapter's half-precision tensors to float32; tensors of a copied module keep their dtype."""
-    if not autocast_adapter_dtype:
-        return
-    for module in model.modules():
-        if isinstance(module, Adapted) and adapter_name in module.adapters:
-            adapter = module.adapters[adapter_name]
-            if not adapter.keeps_dtype and adapter.dtype in (torch.float16, torch.bfloat16):
-                adapter.float()

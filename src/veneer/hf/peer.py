@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from veneer.core.patterns import Expression, Matcher, Names
 from veneer.core.prompt import Prompt
+from veneer.engine.adapted import Adapted
 from veneer.hf import hub
 from veneer.hf.layer_face import PeftLayer
 from veneer.hf.model import PeftModel
@@ -40,6 +41,17 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
     tuner = tuner_of(model)
     for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
         tuner.set_trainable(name, requires_grad)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Bring an adapter's half-precision tensors to float32; tensors of a copied module keep their dtype."""
+    if not autocast_adapter_dtype:
+        return
+    for module in model.modules():
+        if isinstance(module, Adapted) and adapter_name in module.adapters:
+            adapter = module.adapters[adapter_name]
+            if not adapter.keeps_dtype and adapter.dtype in (torch.float16, torch.bfloat16):
+                adapter.float()
 
 
 @contextlib.contextmanager
@@ -120,11 +132,11 @@ def _show_signature(model: PeftModel, name: str, source: Any) -> None:
 
 # ---- preparing a base model -----------------------------------------------------------------------------------------
 def prepare_model_for_kbit_training(
-    model: nn.Module,
+    model: Any,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
-) -> nn.Module:
+) -> Any:
     """Make a quantised base ready for adapters: frozen, what is not packed in float32, checkpointing on.
 
     Args:

@@ -50,13 +50,12 @@ HOMES = {
     "veneer.core.registry": ["PeftType"],
     "veneer.engine.checkpoint": ["WEIGHTS_NAME=BIN_NAME", "SAFETENSORS_WEIGHTS_NAME=SAFE_NAME"],
     "veneer.engine.targets": ["INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR"],
-    "veneer.hf.layer_face": [
+    "veneer.hf.faces": [
         "AuxiliaryTrainingWrapper", "BaseTunerLayer", "LoraLayer", "ModulesToSaveWrapper", "TrainableTokensWrapper",
-        "cast_adapter_dtype",
     ],
     "veneer.hf.model": ["PeftMixedModel=PeftModel"],
     "veneer.hf.peer": [
-        "build_peft_weight_mapping", "cast_mixed_precision_params", "check_if_peft_model",
+        "build_peft_weight_mapping", "cast_adapter_dtype", "cast_mixed_precision_params", "check_if_peft_model",
         "check_target_module_exists", "convert_peft_config_for_transformers", "delete_adapter",
         "disable_input_dtype_casting", "fsdp_auto_wrap_policy", "infer_device", "prepare_model_for_kbit_training",
         "register_peft_method", "rescale_adapter_scale", "set_adapter", "set_requires_grad", "shift_tokens_right",
@@ -131,9 +130,9 @@ def _not_built(name: str) -> type:
         LookupError: no name of the peer's methods.
     """
     if name == "PromptLearningConfig":
-        from veneer.hf import layer_face
+        from veneer.hf import faces
 
-        return layer_face.face(name, "Any config of a prompt.", lambda c: getattr(c, "is_prompt_learning", False))
+        return faces.face(name, "Any config of a prompt.", lambda c: getattr(c, "is_prompt_learning", False))
     stem = name.removesuffix("Config").removesuffix("Model")
     if stem == name or (stem not in PROMPTS and _type_called(stem) is None):
         raise LookupError(name)
@@ -173,11 +172,11 @@ def _of_method(peft_type: str, name: str) -> Any:
 
 @functools.cache
 def _layer_face(name: str, peft_type: str, kinds: tuple[str, ...] | None) -> type:
-    from veneer.hf import layer_face
+    from veneer.hf import faces
 
     if name == "LoraLayer":
-        return layer_face.LoraLayer
-    return layer_face.face(name, f"A layer with a {peft_type} adapter.", layer_face.holding(peft_type, kinds or ()))
+        return faces.LoraLayer
+    return faces.face(name, f"A layer with a {peft_type} adapter.", faces.holding(peft_type, kinds or ()))
 
 
 def _type_called(stem: str) -> str | None:

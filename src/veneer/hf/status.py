@@ -9,7 +9,6 @@ from typing import Any, Literal
 from torch import nn
 
 from veneer.core import registry
-from veneer.core.adapter import Adapter
 from veneer.core.quant import backend
 from veneer.engine.adapted import Adapted
 from veneer.engine.tuner import Tuner
@@ -152,7 +151,7 @@ def _layer(name: str, host: Adapted) -> TunerLayerStatus:
     )
 
 
-def _trains(adapter: Adapter) -> bool | Irregular:
+def _trains(adapter: Any) -> bool | Irregular:
     """Whether an adapter's tensors train; those that are never meant to do not count."""
     found = {p.requires_grad for n, p in adapter.named_parameters() if n not in adapter.fixed}
     return "irregular" if len(found) > 1 else found == {True}
