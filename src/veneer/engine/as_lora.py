@@ -1,4 +1,4 @@
-"""Any additive adapter as LoRA: its delta read as factors, and factors planted as one plain LoRA adapter (alpha = r)."""
+"""Any additive adapter as LoRA: its delta read as factors; factors planted as one plain LoRA adapter (alpha = r)."""
 
 from __future__ import annotations
 
