@@ -50,6 +50,10 @@ class Adapter(nn.Module):
         super().__init__()
         self.site = site
 
+    if TYPE_CHECKING:  # a torch module's attributes are whatever was set
+
+        def __getattr__(self, name: str) -> Any: ...
+
     @classmethod
     def plan(cls, config: Any, sites: Sequence[Site]) -> nn.Module | None:
         """What all sites of one adapter share, made once; its ``state_dict`` is saved under ``base_model.``."""
@@ -76,7 +80,8 @@ class Adapter(nn.Module):
         """Construct and attach what is shared."""
         if shared is None:
             return cls(site, config)
-        adapter = cls(site, config, shared) if cls.takes_shared else cls(site, config)
+        make: Any = cls
+        adapter = make(site, config, shared) if cls.takes_shared else make(site, config)
         object.__setattr__(adapter, "shared", shared)
         return adapter
 

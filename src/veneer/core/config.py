@@ -9,7 +9,7 @@ import json
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.core import registry
 from veneer.core.files import write_text
@@ -76,9 +76,14 @@ class PeftConfig(metaclass=_Checked):
 
     type: ClassVar[str | None] = None
     """The ``peft_type`` a subclass stands for."""
+
+    if TYPE_CHECKING:  # each method adds fields of its own
+
+        def __getattr__(self, name: str) -> Any: ...
+
     patterns: ClassVar[dict[str, str]] = {}
     """pattern field -> the field whose value it sets for one layer."""
-    nested: ClassVar[dict[str, type]] = {}
+    nested: ClassVar[dict[str, Any]] = {}
     """field -> the dataclass its dict form is turned into."""
     is_prompt_learning: ClassVar[bool] = False
     is_adaption_prompt: ClassVar[bool] = False
@@ -99,7 +104,7 @@ class PeftConfig(metaclass=_Checked):
         for name, cls in self.nested.items():
             setattr(self, name, self._as(cls, name, getattr(self, name)))
 
-    def _as(self, cls: type, name: str, value: Any) -> Any:
+    def _as(self, cls: Any, name: str, value: Any) -> Any:
         if isinstance(value, dict) and (value or name == "runtime_config"):
             return cls(**value)
         if value and not isinstance(value, cls):

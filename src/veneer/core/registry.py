@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ class _Types(type):
                 f"'{value}' is not a known peft_type; known are {', '.join(sorted(cls._members))}."
             ) from None
 
-    def __iter__(cls):
+    def __iter__(cls) -> Iterator[PeftType]:
         return iter(cls._members.values())
 
     def __len__(cls) -> int:
@@ -82,7 +82,7 @@ class Method:
 
     peft_type: PeftType
     config: type[PeftConfig]
-    build: type
+    build: Any
     """An ``Adapter`` subclass, or for prompt methods a ``Prompt`` subclass."""
 
     @property
@@ -95,7 +95,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
-AUXILIARY: dict[str, type] = {}
+AUXILIARY: dict[str, Any] = {}
 
 
 def method(peft_type: str, config: type[PeftConfig]) -> Callable[[type], type]:

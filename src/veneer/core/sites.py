@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,16 +32,20 @@ class Site:
     first: ClassVar[str] = "input"
     stack: int | None = None
     """Number of matrices, for a site whose weight is a stack ``(stack, out, in)`` (fused experts)."""
-    parameter: str | None = None
+    parameter: Any = None
     below: str = ""
     batch_dim: int = 0
     """The dimension of the layer's input that counts the rows of a batch."""
     in_features: int
     out_features: int
 
-    def __init__(self, path: str, module: nn.Module):
+    def __init__(self, path: str, module: Any):
         self.path, self.module = path, module
         self.inputs: dict[str, Any] = {}
+
+    if TYPE_CHECKING:  # kinds add attributes of their own
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.path!r}, in={self.in_features}, out={self.out_features})"
@@ -141,7 +145,7 @@ class LinearSite(Site):
 
     kind = "linear"
 
-    def __init__(self, path: str, module: nn.Module, turned: bool = False):
+    def __init__(self, path: str, module: Any, turned: bool = False):
         super().__init__(path, module)
         self.turned = turned
         self.in_features, self.out_features = module.in_features, module.out_features
@@ -169,7 +173,7 @@ class Conv1DSite(LinearSite):
     kind = "conv1d_hf"
     first = "x"
 
-    def __init__(self, path: str, module: nn.Module):
+    def __init__(self, path: str, module: Any):
         Site.__init__(self, path, module)
         self.turned = True
         self.in_features, self.out_features = module.weight.shape
@@ -183,7 +187,7 @@ class ConvSite(Site):
 
     kind = "conv"
 
-    def __init__(self, path: str, module: nn.Module):
+    def __init__(self, path: str, module: Any):
         super().__init__(path, module)
         self.in_features = module.in_channels // module.groups
         self.out_features = module.out_channels
@@ -222,7 +226,7 @@ class EmbeddingSite(Site):
 
     kind = "embedding"
 
-    def __init__(self, path: str, module: nn.Module):
+    def __init__(self, path: str, module: Any):
         super().__init__(path, module)
         self.in_features, self.out_features = module.num_embeddings, module.embedding_dim
 
@@ -261,7 +265,7 @@ class WeightSite(Site):
     kind = "parameter"
     maps_input = False
 
-    def __init__(self, path: str, module: nn.Module, parameter: str, bias: str | None = None, below: str = ""):
+    def __init__(self, path: str, module: Any, parameter: str, bias: str | None = None, below: str = ""):
         super().__init__(path, module)
         self.parameter, self.bias_name, self.below = parameter, bias, below
         shape = self.stored.shape
@@ -362,7 +366,7 @@ class OpaqueSite(Site):
 
     kind = "opaque"
 
-    def __init__(self, path: str, module: nn.Module):
+    def __init__(self, path: str, module: Any):
         super().__init__(path, module)
         weight = next((p for p in module.parameters(recurse=True)), None)
         sizes = getattr(module, "normalized_shape", None) or (tuple(weight.shape) if weight is not None else (0,))
@@ -409,7 +413,7 @@ def sites_for(path: str, module: nn.Module, parameter: str | None = None, fan_in
                 f"'{path}' is a MultiheadAttention whose keys or values have another width (kdim, vdim); name its "
                 "q_proj_weight, k_proj_weight and v_proj_weight in target_parameters instead."
             )
-        pair = [
+        pair: list[Site] = [
             WeightSite(path, module, "out_proj.weight", "out_proj.bias", below="out_proj"),
             WeightSite(path, module, "in_proj_weight", "in_proj_bias"),
         ]

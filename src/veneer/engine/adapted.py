@@ -113,8 +113,8 @@ class Adapted(nn.Module):
 
     def __init__(self, base_layer: nn.Module, site: Site, state: State):
         super().__init__()
-        self.base_layer = base_layer
-        self.adapters = nn.ModuleDict()
+        self.base_layer: Any = base_layer
+        self.adapters: Any = nn.ModuleDict()  # name -> Adapter
         self.site, self.state = site, state
         self.gains: dict[str, float | Tensor] = {}
         self.original: Parameters | None = None

@@ -32,9 +32,9 @@ class Tuner(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
-        self.shared = nn.ModuleDict()
-        self.prompts = nn.ModuleDict()
+        self.model: Any = model
+        self.shared: Any = nn.ModuleDict()
+        self.prompts: Any = nn.ModuleDict()
         self.configs: dict[str, PeftConfig] = {}
         self.state = State()
         self.inputs: dict[str, Any] = {}
@@ -239,7 +239,8 @@ class Tuner(nn.Module):
             if old in names:
                 names.remove(old)
                 names.add(new)
-        for mapping in (self.configs, self._hosts, self.state.gains):
+        tables: tuple[dict[str, Any], ...] = (self.configs, self._hosts, self.state.gains)
+        for mapping in tables:
             if old in mapping:
                 mapping[new] = mapping.pop(old)
         self.state.active = tuple(new if n == old else n for n in self.state.active)
@@ -344,7 +345,7 @@ class Tuner(nn.Module):
         modules: list[nn.Module] = [host.adapters[name] for host in self._hosts[name]]
         modules += [table[name] for table in (self.shared, self.prompts) if name in table]
         for module in modules:
-            fixed = getattr(module, "fixed", frozenset())
+            fixed: frozenset[str] = getattr(module, "fixed", frozenset())
             for key, parameter in module.named_parameters():
                 parameter.requires_grad_(on and key not in fixed)
         (self._training.add if on else self._training.discard)(name)
@@ -487,7 +488,7 @@ class Tuner(nn.Module):
     def after_step(self, step: int) -> None:
         """Tell the active methods that optimiser step number ``step`` (from 1) was taken; gradients are still there."""
         for name in self.state.active:
-            build = registry.of(self.configs[name].peft_type).build
+            build = registry.of(str(self.configs[name].peft_type)).build
             if issubclass(build, Adapter):
                 build.after_step(self.configs[name], dict(self.adapters(name)), step)
 

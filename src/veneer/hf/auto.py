@@ -13,7 +13,7 @@ from torch import nn
 from veneer.core.config import PeftConfig
 from veneer.engine.checkpoint import SAFE_NAME
 from veneer.hf import embeddings, hub
-from veneer.hf.model import PeftModel
+from veneer.hf.tasks import PeftModel
 from veneer.hf.tasks import task_class
 
 PARENTS = ("transformers", "diffusers", "lerobot", "megatron_core")

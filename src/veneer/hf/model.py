@@ -29,6 +29,10 @@ HEADS = {
 """Freshly initialised heads of a task, which train and are saved along with the adapter."""
 
 
+TASK_CLASSES: dict[str, type[PeftModel]] = {}
+"""task_type -> the class for it; ``veneer.hf.tasks`` enters them."""
+
+
 class PeftModel(nn.Module):
     """A base model with named adapters.
 
@@ -56,7 +60,7 @@ class PeftModel(nn.Module):
         if not isinstance(peft_config, PeftConfig):
             raise TypeError(f"peft_config must be a config such as LoraConfig, not a {type(peft_config).__name__}.")
         build = tuner_class(str(peft_config.peft_type))
-        self.base_model = build(model)
+        self.base_model: Any = build(model)
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
@@ -67,7 +71,7 @@ class PeftModel(nn.Module):
             config.pretraining_tp = 1  # split base matmuls would bypass the wrapped layers
 
     # ---- adapters ---------------------------------------------------------------------------------------------------
-    def _add(self, name: str, config: PeftConfig, low_cpu_mem_usage: bool, autocast: bool) -> None:
+    def _add(self, name: str, config: Any, low_cpu_mem_usage: bool, autocast: bool) -> None:
         base = self.base_model.model
         if config.task_type is None and config.auto_mapping is None:
             config.auto_mapping = {
@@ -297,7 +301,7 @@ class PeftModel(nn.Module):
     def from_pretrained(
         cls,
         model: nn.Module,
-        model_id: str | os.PathLike,
+        model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
         config: PeftConfig | None = None,
@@ -326,15 +330,13 @@ class PeftModel(nn.Module):
             FileNotFoundError: the folder or repository holds no adapter.
             ValueError: no such folder or hub id, or the file does not fit the model; the sentence says how.
         """
-        from veneer.hf.tasks import task_class
-
         folder = hub.resolve(model_id, **_hub_arguments(kwargs))
         config = config if config is not None else PeftConfig.read(folder)
         config = copy.deepcopy(config)
         config.inference_mode = not is_trainable
         if config.is_prompt_learning and is_trainable:
             config.inference_mode = False
-        build = task_class(config) if cls is PeftModel else cls
+        build = TASK_CLASSES.get(str(config.task_type), PeftModel) if cls is PeftModel else cls
         whole = build(
             model,
             config,
@@ -352,7 +354,7 @@ class PeftModel(nn.Module):
 
     def load_adapter(
         self,
-        model_id: str | os.PathLike,
+        model_id: str | Path,
         adapter_name: str,
         is_trainable: bool = False,
         torch_device: str | None = None,
@@ -414,48 +416,6 @@ class PeftModel(nn.Module):
             if name == "base_model" or name.startswith("__"):
                 raise
             return getattr(self.base_model, name)
-
-
-def get_peft_model(
-    model: nn.Module,
-    peft_config: PeftConfig,
-    adapter_name: str = "default",
-    mixed: bool = False,
-    autocast_adapter_dtype: bool = True,
-    revision: str | None = None,
-    low_cpu_mem_usage: bool = False,
-) -> PeftModel:
-    """Put a fresh adapter on a model; the class of the result follows ``peft_config.task_type``.
-
-    Args:
-        model: any ``nn.Module``; its layers are wrapped in place and its parameters frozen.
-        peft_config: the method and its settings.
-        adapter_name: the adapter's name.
-        mixed: accepted as the peer has it; every model here may hold adapters of different methods.
-        autocast_adapter_dtype: float32 adapters over a half-precision base (default), else the base's dtype.
-        revision: the base model's revision, recorded in the config.
-        low_cpu_mem_usage: leave the adapter's tensors on the meta device.
-
-    Raises:
-        ValueError: a config that does not fit the model; the model is as it was then.
-    """
-    from veneer.hf.tasks import task_class
-
-    if revision is not None:
-        peft_config.revision = revision
-    build = task_class(peft_config)
-    return build(
-        model,
-        peft_config,
-        adapter_name,
-        autocast_adapter_dtype=autocast_adapter_dtype,
-        low_cpu_mem_usage=low_cpu_mem_usage,
-    )
-
-
-def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
-    """The config object for a dict with ``peft_type``."""
-    return PeftConfig.from_dict(config_dict)
 
 
 def _has(model: nn.Module, name: str) -> bool:

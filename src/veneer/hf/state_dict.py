@@ -51,7 +51,7 @@ def get_peft_model_state_dict(
         ValueError: no such adapter, or a tensor that is empty because its parts lie on other processes.
     """
     while unwrap_compiled and hasattr(model, "_orig_mod"):
-        model = model._orig_mod
+        model = model._orig_mod  # type: ignore[assignment]
     tuner = tuner_of(model)
     tuner._require(adapter_name)
     found = checkpoint.tensors(tuner, adapter_name, convert)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from veneer.core.config import PeftConfig
-from veneer.hf.model import PeftModel
+from veneer.hf.model import TASK_CLASSES, PeftModel
 
 
 def _given(values: dict[str, Any]) -> dict[str, Any]:
@@ -82,16 +84,56 @@ class PeftModelForFeatureExtraction(PeftModel):
         return super().forward(**_given(locals()))
 
 
-TASK_CLASSES: dict[str, type[PeftModel]] = {
-    "SEQ_CLS": PeftModelForSequenceClassification,
-    "SEQ_2_SEQ_LM": PeftModelForSeq2SeqLM,
-    "CAUSAL_LM": PeftModelForCausalLM,
-    "TOKEN_CLS": PeftModelForTokenClassification,
-    "QUESTION_ANS": PeftModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": PeftModelForFeatureExtraction,
-}
+TASK_CLASSES.update(
+    SEQ_CLS=PeftModelForSequenceClassification,
+    SEQ_2_SEQ_LM=PeftModelForSeq2SeqLM,
+    CAUSAL_LM=PeftModelForCausalLM,
+    TOKEN_CLS=PeftModelForTokenClassification,
+    QUESTION_ANS=PeftModelForQuestionAnswering,
+    FEATURE_EXTRACTION=PeftModelForFeatureExtraction,
+)
 
 
 def task_class(config: PeftConfig) -> type[PeftModel]:
     """The PeftModel class for a config's ``task_type``."""
     return TASK_CLASSES.get(str(config.task_type), PeftModel)
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Put a fresh adapter on a model; the class of the result follows ``peft_config.task_type``.
+
+    Args:
+        model: any ``nn.Module``; its layers are wrapped in place and its parameters frozen.
+        peft_config: the method and its settings.
+        adapter_name: the adapter's name.
+        mixed: accepted as the peer has it; every model here may hold adapters of different methods.
+        autocast_adapter_dtype: float32 adapters over a half-precision base (default), else the base's dtype.
+        revision: the base model's revision, recorded in the config.
+        low_cpu_mem_usage: leave the adapter's tensors on the meta device.
+
+    Raises:
+        ValueError: a config that does not fit the model; the model is as it was then.
+    """
+    if revision is not None:
+        peft_config.revision = revision
+    build = task_class(peft_config)
+    return build(
+        model,
+        peft_config,
+        adapter_name,
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        low_cpu_mem_usage=low_cpu_mem_usage,
+    )
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The config object for a dict with ``peft_type``."""
+    return PeftConfig.from_dict(config_dict)

@@ -172,7 +172,7 @@ def names_of(model: nn.Module, paths: list[str]) -> set[str]:
     return leaves if selected == set(paths) else set(paths)
 
 
-def fill_defaults(model: nn.Module, config: PeftConfig) -> None:
+def fill_defaults(model: nn.Module, config: Any) -> None:
     """Set the target modules that this model family is adapted at by default, where the config names none.
 
     Raises:
