@@ -25,15 +25,20 @@ def directions(
 ) -> dict[Site, Tensor]:
     """site -> its directions, as many as its share of the ranks."""
     how = config.eva_config or EvaConfig()
-    ranks = {site: config.at(site.path).r for site in sites}
+    ranks = {site: _at(config, site.path).r for site in sites}
     most = {site: min(round(how.rho * r), site.in_features) for site, r in ranks.items()}
     running = calibrate.input_directions(list(ranks), most, batches, run, counted_tokens(how), how.tau)
     shared = calibrate.shared_ranks(running, ranks)
     found = {}
     for site, svd in running.items():
+        assert svd.directions is not None
         a = svd.directions[: shared[site]]
         found[site] = a / svd.variance[: len(a), None].sqrt().clamp_min(1e-12) if how.whiten else a
     return found
+
+
+def _at(config: LoraConfig, path: str) -> LoraConfig:
+    return config.at(path)  # type: ignore[return-value]
 
 
 def counted_tokens(how: EvaConfig) -> Callable[[Any], Tensor | None]:
@@ -64,12 +69,13 @@ def redistribute(tuner: Tuner, name: str, found: Mapping[str, Tensor]) -> None:
     how = config.eva_config or EvaConfig()
     ranks = {path: len(found[path]) for path in loras}
     longest_first = sorted(ranks, key=lambda path: -len(path))  # so that no path is taken for the end of another
-    alphas = {p: before.at(p).lora_alpha for p in longest_first if ranks[p]}
+    alphas: dict[str, float] = {p: _at(before, p).lora_alpha for p in longest_first if ranks[p]}
     if how.adjust_scaling_factors:  # alpha / r, or alpha / sqrt(r), stays what it was
         root = 0.5 if config.use_rslora else 1
-        alphas = {p: alpha * (ranks[p] / before.at(p).r) ** root for p, alpha in alphas.items()}
-    config.rank_pattern = {p: ranks[p] for p in alphas if ranks[p] != config.r}
-    config.alpha_pattern = {p: alpha for p, alpha in alphas.items() if alpha != config.lora_alpha}
+        alphas = {p: alpha * (ranks[p] / _at(before, p).r) ** root for p, alpha in alphas.items()}
+    inner = {p for p in alphas if any(p.endswith("." + q) for q in alphas)}
+    config.rank_pattern = {p: ranks[p] for p in alphas if ranks[p] != config.r or p in inner}
+    config.alpha_pattern = {p: a for p, a in alphas.items() if a != config.lora_alpha or p in inner}  # type: ignore
     if 0 in ranks.values() or isinstance(config.target_modules, str):
         config.target_modules = {path for path, r in ranks.items() if r}
     state = tuner.state.active, name in tuner._training, loras
@@ -115,7 +121,8 @@ def get_eva_state_dict(
     batches = shown(peek(dataloader, "eva")[0], dataloader, "eva", None, show_progress_bar)
     if peft_config is not None:
         sites, base = sites_named(model, peft_config), model
-        mode, config = contextlib.nullcontext(), peft_config
+        mode: contextlib.AbstractContextManager = contextlib.nullcontext()
+        config = peft_config
     else:
         tuner = tuner_of(model)
         config = lora_config(tuner, adapter_name)

@@ -61,18 +61,18 @@ def initialize(
     if family == "lora_ga" and forward is None:
         _require_labels(first)
     limit = max_batches if max_batches is not None else BATCHES[family]
-    batches = shown(itertools.islice(batches, limit), dataloader, family, limit, show_progress_bar)
+    read = shown(itertools.islice(batches, limit), dataloader, family, limit, show_progress_bar)
     run = forward or (lambda batch: call(tuner.model, batch))
     loras = _checked(tuner, adapter_name, family)
     with bare(tuner):
         if family == "eva":
-            found = eva.directions(loras, config, batches, run)
+            found = eva.directions(loras, config, read, run)
         elif family == "corda":
             found = calibrate.input_covariances(
-                list(loras), batches, run, eva.counted_tokens(EvaConfig(use_label_mask=False))
+                list(loras), read, run, eva.counted_tokens(EvaConfig(use_label_mask=False))
             )
         else:
-            found = _gradients(list(loras), batches, run)
+            found = _gradients(list(loras), read, run)
     if family == "eva":
         eva.redistribute(tuner, adapter_name, {site.path: value for site, value in found.items()})
     else:
