@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ def _ours(tensors: Tensors) -> list[tuple[str, str, Tensor]]:
     return found
 
 
-def _adapter(tensors: Tensors, resolve, prefix: str) -> tuple[LoraConfig, Tensors]:
+def _adapter(tensors: Tensors, resolve: Callable[[str], str], prefix: str) -> tuple[LoraConfig, Tensors]:
     if not tensors:
         raise ValueError(f"No tensor of the file has the prefix '{prefix}'.")
     layers: dict[str, Tensors] = defaultdict(dict)
