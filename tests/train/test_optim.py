@@ -223,4 +223,6 @@ def test_a_step_is_the_peers(which):
     with torch.no_grad():
         for name, p in zip(("lora_A", "lora_B"), lora(mine).factors(), strict=True):
             getattr(other.base_model.model.layer, name)["default"].weight.copy_(p)
-    assert torch.allclose(step(mine, veneer), step(other, theirs), atol=2e-5)
+    # the peer's own AdamW for LoRA-FA adds eps before the bias correction, torch's after it
+    tolerance = 3e-3 if which == "lorafa" else 2e-5
+    assert torch.allclose(step(mine, veneer), step(other, theirs), atol=tolerance)
