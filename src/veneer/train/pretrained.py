@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import io
 import os
 import shutil
 import subprocess
@@ -176,7 +177,7 @@ def _convert(source: Path, made: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with _without_progress_bars():
+    with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
         # Without dequantize=True the weights stay packed, and such a model can neither be trained nor saved.
         dense = GgufConfig(dequantize=True)
@@ -197,13 +198,15 @@ def _convert(source: Path, made: Path) -> None:
 
 
 @contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
+    """No progress bars: the one of GGUF tensors heeds no setting, but writes to whatever stderr is at the time."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
         if shown:
             logging.enable_progress_bar()
