@@ -18,7 +18,7 @@ from rich.console import Console
 from torch import nn
 
 from veneer.train import adapters, config, models, recipes, report
-from veneer.train.prepare import Prepared, build, counts, prepare
+from veneer.train.prepare import Prepared, counts, prepare
 from veneer.train.pretrained import FetchError, fetch_smollm2
 from veneer.train.tokens import IGNORED
 
@@ -114,12 +114,14 @@ def _learnt(row: dict[str, list[int]]) -> list[int]:
 
 
 def _show(console: Console, before: Score, after: Score) -> None:
-    console.print(f"Held-out rows answered with the right word, and nothing but it, out of {after.rows}:")
+    console.print(f"The {after.rows} held-out rows again, with the adapter as it stands in its folder:")
+    exact = f"{_share(before.exact, before)} before, {_share(after.exact, after)} after"
+    chosen = f"{_share(before.chosen, before)} before, {_share(after.chosen, after)} after"
     report.facts(
         console,
         [
-            ("exact answer", f"{_share(before.exact, before)} before, {_share(after.exact, after)} after"),
-            ("likelier word", f"{_share(before.chosen, before)} before, {_share(after.chosen, after)} after"),
+            ("right answer", f"{exact}; the wanted word and nothing else"),
+            ("right leaning", f"{chosen}; the wanted word likelier than the other"),
         ],
     )
 
