@@ -22,13 +22,14 @@ _HOMES = {
     ],
     "veneer.hf.tasks": [
         "PeftModel", "get_peft_config", "get_peft_model",
-        "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM",
-        "PeftModelForSequenceClassification", "PeftModelForTokenClassification",
+        "PeftModelForCausalLM", "PeftModelForFeatureExtraction", "PeftModelForQuestionAnswering",
+        "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification", "PeftModelForTokenClassification",
     ],
     "veneer.hf.state_dict": ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"],
     "veneer.hf.inject": ["inject_adapter_in_model"],
     "veneer.train.optim": [
-        "create_lorafa_optimizer", "create_loraplus_optimizer", "create_lorapro_optimizer", "create_riemannian_optimizer",
+        "create_lorafa_optimizer", "create_loraplus_optimizer", "create_lorapro_optimizer",
+        "create_riemannian_optimizer",
     ],
     "veneer.hf.initialize": ["initialize"],
     "veneer.hf.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
@@ -36,7 +37,8 @@ _HOMES = {
     "veneer.hf.status": ["get_layer_status", "get_model_status"],
     "veneer.hf.auto": [
         "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
-        "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
+        "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM",
+        "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
     ],
     "veneer.hf.as_peft": ["install_as_peft"],
 }  # fmt: skip
