@@ -27,6 +27,7 @@ _HOMES = {
     ],
     "veneer.hf.state_dict": ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"],
     "veneer.hf.inject": ["inject_adapter_in_model"],
+    "veneer.hf.kappa": ["KappaTuneSelector", "find_kappa_target_modules"],
     "veneer.train.optim": [
         "create_lorafa_optimizer", "create_loraplus_optimizer", "create_lorapro_optimizer",
         "create_riemannian_optimizer",
