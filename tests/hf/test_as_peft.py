@@ -65,23 +65,27 @@ def test_it_refuses_when_the_real_one_is_there_and_changes_nothing() -> None:
     assert "The real peft is imported already" in done.stdout and "before anything imports peft" in done.stdout
 
 
-def test_libraries_that_looked_before_look_again() -> None:
-    """With no ``peft`` installed, transformers remembers that there is none until it is told."""
+def test_libraries_that_looked_before_look_again(tmp_path) -> None:
+    """With no ``peft`` installed, the Trainer remembers that there is none, and lacks its names, until it is told."""
     code = (
         "import importlib.metadata, importlib.util, sys\n"
         "find, version = importlib.util.find_spec, importlib.metadata.version\n"
         "importlib.util.find_spec = lambda name, *a: None if name == 'peft' else find(name, *a)\n"
+        "from transformers import Trainer\n"
         "from transformers.utils import is_peft_available\n"
-        "assert not is_peft_available()\n"
+        "assert not is_peft_available() and 'peft' not in sys.modules\n"
         "importlib.util.find_spec = find\n"
         "import veneer\n"
         "veneer.install_as_peft()\n"
         "assert is_peft_available()\n"
-        "from transformers.trainer_utils import PeftModel\n"
-        "assert PeftModel is veneer.PeftModel\n"
+        "from pathlib import Path\n"
+        "from hf.with_trainer import trainer\n"
+        f"run = trainer(Path({str(tmp_path)!r}))\n"
+        "run.train()\n"
     )
     done = run("-c", code)
     assert done.returncode == 0, done.stderr[-2000:]
+    assert (tmp_path / "checkpoint-8" / "adapter_model.safetensors").is_file()
 
 
 def test_nothing_to_run_is_said() -> None:

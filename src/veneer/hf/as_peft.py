@@ -23,13 +23,20 @@ from veneer.core.config import PEFT_VERSION
 from veneer.hf import peft_names
 
 NAME = "peft"
+LIBRARIES = ("transformers", "accelerate", "trl", "diffusers")
+LATE = (
+    "PeftModel", "PeftMixedModel", "PeftConfig", "LoraConfig", "get_peft_model", "get_peft_model_state_dict",
+    "set_peft_model_state_dict", "prepare_model_for_kbit_training",
+)  # fmt: skip
+"""What modules of these libraries import from ``peft`` when they are loaded themselves."""
 USAGE = "usage: python -m veneer.as_peft SCRIPT [ARGUMENTS ...] | -m MODULE [ARGUMENTS ...]"
 
 
 def install_as_peft() -> types.ModuleType:
     """Answer to the name ``peft`` from now on, in this process. A second call changes nothing.
 
-    Call it before transformers' Trainer, TRL, accelerate or diffusers are imported: they look for ``peft`` then.
+    Call it early: transformers' Trainer, TRL, accelerate and diffusers look for ``peft`` when they are imported. Where
+    there was none, they are made to look again; a real one that they imported cannot be replaced any more.
 
     Returns:
         The module that ``import peft`` gives.
@@ -47,16 +54,23 @@ def install_as_peft() -> types.ModuleType:
     if not any(isinstance(finder, PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, PeftFinder())
         importlib.invalidate_caches()
-        _forget_answers()
+        _catch_up()
     return importlib.import_module(NAME)
 
 
-def _forget_answers() -> None:
-    """Have libraries that are imported already look for ``peft`` once more; they remember what they found."""
-    for module in ("transformers.utils.import_utils", "transformers.utils", "accelerate.utils.imports"):
-        for value in vars(sys.modules.get(module, types.ModuleType(module))).copy().values():
-            if getattr(value, "__name__", "").startswith("is_peft") and hasattr(value, "cache_clear"):
-                value.cache_clear()
+def _catch_up() -> None:
+    """Have libraries that were imported before look for ``peft`` once more, and give them what they lack.
+
+    They remember that there was none, and their modules miss the names that they would have imported.
+    """
+    for name, module in list(sys.modules.items()):
+        asks = vars(module).get("is_peft_available") if name.partition(".")[0] in LIBRARIES else None
+        if asks is None:
+            continue
+        if hasattr(asks, "cache_clear"):
+            asks.cache_clear()
+        for late in LATE:
+            vars(module).setdefault(late, peft_names.find(NAME, late))
 
 
 class PeftFace(types.ModuleType):

@@ -17,7 +17,7 @@ import veneer.methods  # noqa: F401 - enters the methods into the registry
 from veneer.core.config import PeftConfig, TaskType
 from veneer.core.prompt import Prompt
 from veneer.engine import checkpoint
-from veneer.hf import card, hub, status
+from veneer.hf import card, hub, prompted_generation, prompts, status, ties
 from veneer.hf.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from veneer.hf.tuner import meta_to_layers, tuner_class
 
@@ -161,8 +161,6 @@ class PeftModel(nn.Module):
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         prompt = self.active_prompt
         if prompt is not None:
-            from veneer.hf import prompts
-
             return prompts.forward(self, prompt, args, kwargs)
         return self.base_model(*args, **kwargs)
 
@@ -171,7 +169,8 @@ class PeftModel(nn.Module):
         """The prompt that is read before the text now, if one is active."""
         if not self.base_model.state.enabled:
             return None
-        for name in self.active_adapters:
+        route = self.base_model.state.route
+        for name in self.active_adapters if route is None else dict.fromkeys(route):
             if name in self.base_model.prompts:
                 return self.base_model.prompts[name]  # type: ignore[return-value]
         return None
@@ -182,9 +181,7 @@ class PeftModel(nn.Module):
         try:
             prompt = self.active_prompt
             if prompt is not None:
-                from veneer.hf import prompts
-
-                return prompts.generate(self, prompt, args, kwargs)
+                return prompted_generation.generate(self, prompt, args, kwargs)
             return self.base_model.model.generate(*args, **kwargs)
         finally:
             self.base_model.route(None)
@@ -407,6 +404,15 @@ class PeftModel(nn.Module):
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         card.write_card(Path(output_dir), self.peft_config, self)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Every parameter of the model by its live name, tied ones by their first alone."""
+        found = super().state_dict(*args, **kwargs)
+        whole = not args and kwargs.get("destination") is None and not kwargs.get("prefix")
+        return ties.once(self, found) if whole else found
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict(ties.completed(self, state_dict), strict, assign)
 
     # ---- the rest falls through -------------------------------------------------------------------------------------
     def __getattr__(self, name: str) -> Any:
