@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -80,7 +80,9 @@ def sizes(model: nn.Module) -> Sizes:
     if getattr(config, "multi_query", False) and getattr(config, "model_type", "") in ("falcon", "gpt_bigcode"):
         kv_heads = 1
     if not all(isinstance(n, int) for n in (heads, kv_heads)):
-        raise ValueError(f"The layers of {type(model).__name__} differ in their heads ({kv_heads}); no prompt fits them.")
+        raise ValueError(
+            f"The layers of {type(model).__name__} differ in their heads ({kv_heads}); no prompt fits them."
+        )
     head_dim = read("head_dim", "d_kv", default=width // heads)
     layers = read("num_hidden_layers", "n_layer", "num_layers", "n_layers")
     context = next((n for k in ("max_position_embeddings", "n_positions") if (n := getattr(config, k, None))), None)
@@ -129,9 +131,7 @@ class Prompt(nn.Module):
                 f"{known.context} tokens; choose fewer."
             )
         heads = known.kv_heads if self.whole else known.heads
-        width = known.kv_heads * known.head_dim if self.whole else embedding.weight.shape[-1]
-        if not self.whole and getattr(config, "token_dim", None) and getattr(embedding, "embedding_dim", 0):
-            width = embedding.embedding_dim
+        width = known.kv_heads * known.head_dim if self.whole else _width(embedding)
         self.halves = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
         found = {
             "token_dim": width,
@@ -213,8 +213,47 @@ def join_layers(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     return entries.permute(2, 0, 1, 3).flatten(1)
 
 
-def rows_of_text(ids: Sequence[int], length: int) -> list[int]:
-    """A text's token ids, repeated or cut to ``length``."""
+encode: Callable[[str, str, dict[str, Any]], list[int]] | None = None
+"""(text, tokenizer's name, its kwargs) -> token ids; the floor that knows tokenizers fills it in."""
+
+
+def text_rows(model: nn.Module, text: str, name: str, kwargs: dict[str, Any] | None, length: int) -> Tensor:
+    """The model's embeddings of a text's tokens, repeated or cut to ``length``: (length, dim) in float32.
+
+    Raises:
+        ValueError: there is no tokenizer, or the text has no tokens.
+    """
+    if encode is None:
+        raise ValueError(
+            f"The start from a text needs the tokenizer '{name}', which veneer.hf loads: make the model with "
+            "veneer.get_peft_model, or take another prompt_tuning_init."
+        )
+    ids = encode(text, name, kwargs or {})
     if not ids:
-        raise ValueError("prompt_tuning_init_text has no tokens; give a text that says something.")
-    return [*ids, *(list(ids) * (length // len(ids)))][:length]
+        raise ValueError(f"prompt_tuning_init_text={text!r} has no tokens; give a text that says something.")
+    return vocabulary_rows(model, torch.tensor((ids * (length // len(ids) + 1))[:length]))
+
+
+def vocabulary_rows(model: nn.Module, ids: Tensor) -> Tensor:
+    """The model's embeddings of these tokens, (tokens, dim) in float32."""
+    embedding = _input_embedding(model)
+    with torch.no_grad():
+        return embedding(ids.to(embedding.weight.device)).detach().float().clone()
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """How many rows the model's input embedding has."""
+    return _input_embedding(model).weight.shape[0]
+
+
+def random_rows(model: nn.Module, rows: int) -> Tensor:
+    """(rows, dim) normal draws as large as the model's own embeddings: N(0, 1) would drown the text in many models."""
+    embedding = _input_embedding(model)
+    if embedding.weight.device.type == "meta":
+        return torch.randn(rows, _width(embedding))
+    sample = vocabulary_rows(model, torch.arange(min(1000, embedding.weight.shape[0])))
+    return torch.randn(rows, _width(embedding)) * sample.std().cpu()
+
+
+def _width(embedding: nn.Module) -> int:
+    return int(getattr(embedding, "embedding_dim", embedding.weight.shape[-1]))

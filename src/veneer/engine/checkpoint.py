@@ -69,8 +69,9 @@ def prompt_tensors(prompt: nn.Module) -> dict[str, Tensor]:
 
 def holders(tuner: Tuner, name: str) -> Iterator[tuple[str, nn.Module, Adapter | None]]:
     """(key prefix, module whose state_dict is saved, its adapter) for everything that one adapter saves."""
+    own = SHARED_PREFIX if name in tuner.prompts else PREFIX  # the peer's prompts stand right at the base model
     for place, adapter in tuner.adapters(name):
-        yield PREFIX + (place + "." if place else ""), adapter.holder, adapter
+        yield own + (place + "." if place else ""), adapter.holder, adapter
     if name in tuner.shared:
         yield SHARED_PREFIX, tuner.shared[name], None
 
@@ -169,9 +170,9 @@ def _own_keys(prefix: str, left: dict[str, Tensor], expected: dict[str, Tensor],
 
 
 def _put_prompt(prompt: nn.Module, left: dict[str, Tensor], report: LoadReport, writes: list) -> None:
-    expected = dict(prompt.state_dict())
     own = {k: left.pop(k) for k in list(left)}
     own = prompt.incoming(own) if hasattr(prompt, "incoming") else own
+    expected = dict(prompt.state_dict())  # incoming may have taken the file's layout
     report.missing_keys += [k for k in expected if k not in own]
     for key, value in own.items():
         if key not in expected:

@@ -1,10 +1,35 @@
 """One file a method. Importing this package enters them all into the registry."""
 
 from veneer.methods import adalora as adalora
+from veneer.methods import alora as alora
+from veneer.methods import bdlora as bdlora
+from veneer.methods import beft as beft
 from veneer.methods import bias as bias
+from veneer.methods import bitfit as bitfit
+from veneer.methods import boft as boft
+from veneer.methods import deft as deft
+from veneer.methods import delora as delora
 from veneer.methods import dora as dora
+from veneer.methods import glora as glora
+from veneer.methods import gralora as gralora
+from veneer.methods import hira as hira
+from veneer.methods import hra as hra
+from veneer.methods import ia3 as ia3
+from veneer.methods import kasa as kasa
+from veneer.methods import ln_tuning as ln_tuning
 from veneer.methods import lora as lora
 from veneer.methods import lora_calibrate as lora_calibrate
 from veneer.methods import lora_init as lora_init
+from veneer.methods import miss as miss
+from veneer.methods import monteclora as monteclora
+from veneer.methods import multitask_prompt as multitask_prompt
+from veneer.methods import oft as oft
+from veneer.methods import p_tuning as p_tuning
+from veneer.methods import prefix_tuning as prefix_tuning
+from veneer.methods import prompt_tuning as prompt_tuning
+from veneer.methods import psoft as psoft
+from veneer.methods import qalora as qalora
+from veneer.methods import road as road
 from veneer.methods import saved as saved
 from veneer.methods import tokens as tokens
+from veneer.methods import velora as velora
