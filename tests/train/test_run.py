@@ -185,6 +185,22 @@ def test_the_loss_is_that_of_the_model_itself_and_padding_changes_nothing(base, 
     torch.testing.assert_close(token_losses(model, padded, keep=True)[0], total)
 
 
+def test_packed_rows_do_not_see_each_other(base, facts, tmp_path):
+    prepared = prepare(settings(base, facts, tmp_path / "out", "--packing", "--data.max-length", "80"))
+    packed = prepared.feed
+    assert max(len(row["input_ids"]) for row in packed) <= 80
+    assert len(packed) < len(prepared.train) / 1.9
+    assert sorted(t for row in packed for t in row["input_ids"]) == sorted(
+        t for r in prepared.train.rows for t in r["input_ids"]
+    )
+    model = models.load_model(prepared.config.model)
+    apart = token_losses(model, prepared.collate(prepared.train.rows), keep=True)
+    together = token_losses(model, prepared.collate(packed), keep=True)
+    torch.testing.assert_close(together[0], apart[0])
+    assert together[1] == apart[1]
+    assert recipes.run(prepared, quiet()).steps == prepared.schedule.steps == 3 * -(-len(packed) // 4)
+
+
 def test_the_plan_counts_what_training_then_has(base, facts, tmp_path):
     prepared = prepare(settings(base, facts, tmp_path / "out", "--epochs", "2"))
     plan = make(prepared, probe=True)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli import adapter, configs, run, talk
+from veneer.cli import adapter, configs, foreign, run, talk
 
 app = typer.Typer(
     name="veneer",
@@ -29,6 +29,8 @@ app.command()(talk.chat)
 app.command()(adapter.merge)
 app.command()(adapter.inspect)
 app.command()(adapter.methods)
+app.command(context_settings=PASS_ON)(foreign.sft)
+app.command("train-with-config")(foreign.train_with_config)
 app.add_typer(configs.app, name="configs")
 
 

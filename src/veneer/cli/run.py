@@ -41,27 +41,12 @@ def train(
         plan(words, sets, probe)
         return
     prepared, console = _prepare(words, sets, overwrite)
-    from veneer.train import recipes, report
-
-    report.show_notices(console, prepared.notices)
-    outcome = recipes.run(prepared, console, resume)
-    report.show_outcome(console, outcome)
-    if outcome.stopped_at:
-        raise SystemExit(130)
+    _run(prepared, console, resume)
 
 
 def plan(words: Words = None, sets: Sets = None, probe: Probe = False, json: Json = False) -> None:
     """Show what `veneer train` would do: parameters, tokens with their loss mask, steps, memory, time."""
-    prepared, console = _prepare(words, sets, False)
-    from veneer.train import plan as planning
-    from veneer.train import report
-
-    made = planning.make(prepared, probe)
-    if json:
-        print(made.to_json())
-    else:
-        report.show_plan(console, made)
-    if not made.memory.fits:
+    if not _plan(*_prepare(words, sets, False), probe, json):
         raise SystemExit(1)
 
 
@@ -91,3 +76,39 @@ def _prepare(words: list[str] | None, sets: list[str] | None, overwrite: bool) -
     models.quiet()
     settings = config.load(path, sets or [], rest, adapters.problems)
     return prepare(settings), Console(file=sys.stdout, highlight=False)
+
+
+def _run(prepared: Any, console: Any, resume: bool) -> None:
+    from veneer.train import recipes, report
+
+    report.show_notices(console, prepared.notices)
+    outcome = recipes.run(prepared, console, resume)
+    report.show_outcome(console, outcome)
+    if outcome.stopped_at:
+        raise SystemExit(130)
+
+
+def _plan(prepared: Any, console: Any, probe: bool = False, json: bool = False) -> bool:
+    from veneer.train import plan as planning
+    from veneer.train import report
+
+    made = planning.make(prepared, probe)
+    if json:
+        print(made.to_json())
+    else:
+        report.show_plan(console, made)
+    return made.memory.fits
+
+
+def execute(sets: dict[str, str], notices: list[str], resume: bool) -> None:
+    """Train with settings that were translated from elsewhere."""
+    prepared, console = _prepare(None, [f"{key}={value}" for key, value in sets.items()], False)
+    prepared.notices[:0] = notices
+    _run(prepared, console, resume)
+
+
+def show_plan(words: list[str], notices: list[str]) -> bool:
+    """Show the plan for words of the command line; whether it fits into memory."""
+    prepared, console = _prepare(words, None, False)
+    prepared.notices[:0] = notices
+    return _plan(prepared, console)

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from veneer.train import document
 from veneer.train.document import Document, Loc
+from veneer.train.names import ELSEWHERE, SHORT
 
 Files = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Auto = Literal["auto"]
@@ -39,10 +40,12 @@ class Model(Section):
     path: str = Field(description="A local folder or a hub id.")
     revision: str | None = None
     tokenizer: str | None = Field(None, description="Another folder or id for the tokenizer.")
-    chat_template: str | None = Field(None, description="A Jinja file to use in place of the tokenizer's template.")
+    chat_template: str | None = Field(None, description="A Jinja file, or chatml or zephyr.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     device: str = "auto"
+    quantize: Literal["none", "nf4", "fp4", "int8"] = Field("none", description="By bitsandbytes, while loading.")
+    double_quant: bool = Field(True, description="Quantise the scales of nf4 and fp4 too.")
     trust_remote_code: bool = False
 
 
@@ -63,6 +66,7 @@ class Data(Section):
     max_length: int = Field(1024, ge=2)
     too_long: Literal["truncate", "drop"] = "truncate"
     bad_rows: Literal["error", "skip"] = "error"
+    packing: bool = Field(False, description="Several rows in one, none of which sees another.")
 
 
 class Train(Section):
@@ -148,33 +152,6 @@ LEAVES = {
     leaf: [section for section, other in SECTIONS.items() if leaf in other.model_fields]
     for cls in SECTIONS.values()
     for leaf in cls.model_fields
-}
-SHORT = {"out": "output.dir", "output_dir": "output.dir", "lr": "train.learning_rate"}
-ELSEWHERE = {  # names of other tools -> ours
-    **SHORT,
-    "num_epochs": "train.epochs",
-    "num_train_epochs": "train.epochs",
-    "max_steps": "train.steps",
-    "max_step": "train.steps",
-    "per_device_train_batch_size": "train.batch_size",
-    "micro_batch_size": "train.batch_size",
-    "gradient_accumulation_steps": "train.accumulate",
-    "warmup_ratio": "train.warmup",
-    "warmup_steps": "train.warmup",
-    "lr_scheduler_type": "train.schedule",
-    "max_seq_length": "data.max_length",
-    "cutoff_len": "data.max_length",
-    "dataset": "data.train",
-    "dataset_name": "data.train",
-    "base_model": "model.path",
-    "model_name_or_path": "model.path",
-    "lora_r": "adapter.r",
-    "lora_rank": "adapter.r",
-    "lora_alpha": "adapter.lora_alpha",
-    "val_size": "data.holdout",
-    "eval_steps": "eval.every",
-    "save_steps": "train.save_every",
-    "logging_steps": "log.every",
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import os
 import warnings
 from pathlib import Path
@@ -14,6 +15,17 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from veneer.train.config import Model
+
+TEMPLATES = {
+    "chatml": (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    ),
+    "zephyr": (
+        "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    ),
+}
 
 
 def quiet() -> None:
@@ -86,9 +98,11 @@ def load_tokenizer(model: Model) -> Any:
     tokenizer = _loading(model, path, lambda: AutoTokenizer.from_pretrained(path, **_common(model)))
     if model.chat_template:
         file = Path(model.chat_template)
-        if not file.is_file():
-            raise FileNotFoundError(f"There is no chat template '{file}' (model.chat_template).")
-        tokenizer.chat_template = file.read_text(encoding="utf-8")
+        if model.chat_template not in TEMPLATES and not file.is_file():
+            raise FileNotFoundError(
+                f"There is no chat template '{file}' (model.chat_template): name a file, or {' or '.join(TEMPLATES)}."
+            )
+        tokenizer.chat_template = TEMPLATES.get(model.chat_template) or file.read_text(encoding="utf-8")
     return tokenizer
 
 
@@ -107,8 +121,23 @@ def load_model(model: Model, dtype: torch.dtype | None = None) -> nn.Module:
     options = _common(model) | {"dtype": dtype or dtype_of(model, device)}
     if model.attention != "auto":
         options["attn_implementation"] = model.attention
+    if model.quantize != "none":
+        options |= {"quantization_config": _quantization(model, options["dtype"]), "device_map": {"": device}}
     loaded = _loading(model, model.path, lambda: AutoModelForCausalLM.from_pretrained(model.path, **options))
-    return loaded.to(device).eval()
+    return (loaded if model.quantize != "none" else loaded.to(device)).eval()
+
+
+def _quantization(model: Model, dtype: torch.dtype) -> Any:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(f"model.quantize {model.quantize} needs the package bitsandbytes: pip install bitsandbytes.")
+    if model.quantize == "int8":
+        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=model.quantize,
+        bnb_4bit_use_double_quant=model.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def meta_model(model: Model, config: Any, dtype: torch.dtype) -> nn.Module:

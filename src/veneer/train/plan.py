@@ -197,8 +197,8 @@ def _skeleton(prepared: Prepared, dtype: torch.dtype) -> Any:
 
 def _longest(prepared: Prepared) -> tuple[int, int]:
     """(rows, length) of the largest batch."""
-    length = max(len(row["input_ids"]) for row in prepared.train.rows)
-    return min(prepared.config.train.batch_size, len(prepared.train)), length
+    length = max(len(row["input_ids"]) for row in prepared.feed)
+    return min(prepared.config.train.batch_size, len(prepared.feed)), length
 
 
 def _memory(prepared: Prepared, model: Any, dtype: torch.dtype, device: torch.device) -> Memory:
@@ -233,7 +233,8 @@ def _activations(prepared: Prepared, model: Any) -> int:
             return tensor
 
         inputs = {"input_ids": torch.ones(rows, length, dtype=torch.long), "use_cache": False}
-        inputs["attention_mask"] = torch.ones(rows, length, dtype=torch.long)
+        shape = (rows, 1, length, length) if prepared.config.data.packing else (rows, length)
+        inputs["attention_mask"] = torch.ones(shape, dtype=prepared.collate.dtype if len(shape) == 4 else torch.long)
         if takes_kept_logits(model):
             inputs["logits_to_keep"] = _learnt_places(prepared, rows, length)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -245,7 +246,7 @@ def _activations(prepared: Prepared, model: Any) -> int:
 
 def _learnt_places(prepared: Prepared, rows: int, length: int) -> int:
     """How many positions of the largest batch need logits: as many as the longest learnt stretch in any row."""
-    longest = sorted(prepared.train.rows, key=lambda row: -len(row["input_ids"]))[:rows]
+    longest = sorted(prepared.feed, key=lambda row: -len(row["input_ids"]))[:rows]
     places = {i for row in longest for i, label in enumerate(row["labels"]) if label != IGNORED}
     return min(length, max(1, len(places)))
 
@@ -288,7 +289,7 @@ def _probe(prepared: Prepared) -> Probe:
     """Two forward and backward passes with an optimiser step on the longest batch; the second one is timed."""
     model = build(prepared).train()
     device = next(model.parameters()).device
-    rows = sorted(prepared.train.rows, key=lambda row: -len(row["input_ids"]))[: prepared.config.train.batch_size]
+    rows = sorted(prepared.feed, key=lambda row: -len(row["input_ids"]))[: prepared.config.train.batch_size]
     batch = {name: value.to(device) for name, value in prepared.collate(rows).items()}
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     seconds = 0.0
@@ -301,7 +302,7 @@ def _probe(prepared: Prepared) -> Probe:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
-    tokens = int(batch["attention_mask"].sum())
+    tokens = prepared.collate.tokens(batch)
     result = Probe(seconds, tokens / seconds, models.peak_memory(device))
     del model, optimiser
     gc.collect()

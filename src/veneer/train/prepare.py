@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import set_seed
 
-from veneer.train import adapters, data, models
+from veneer.train import adapters, data, models, packing
 from veneer.train.config import RunConfig
 from veneer.train.evaluate import pad_token
 from veneer.train.tokens import Renderer, Tokenised
@@ -41,6 +41,8 @@ class Prepared:
     base: Any
     schedule: Schedule
     collate: Collate
+    feed: list[dict[str, list[int]]]
+    """The rows of ``train`` as the trainer gets them, packed or not."""
     files: list[str]
     notices: list[str] = field(default_factory=list)
 
@@ -55,6 +57,8 @@ def prepare(config: RunConfig) -> Prepared:
     config = config.model_copy(deep=True)
     notices: list[str] = []
     adapter = adapters.build(config.adapter, notices)
+    if str(adapter.task_type) != "CAUSAL_LM":
+        raise ValueError(f"The adapter's task_type is {adapter.task_type}; `veneer train` trains CAUSAL_LM so far.")
     base = models.load_config(config.model)
     tokenizer = models.load_tokenizer(config.model)
     options = config.data
@@ -80,10 +84,14 @@ def prepare(config: RunConfig) -> Prepared:
     if config.train.learning_rate == "auto":
         config.train.learning_rate = adapters.learning_rate(adapter, _hidden(base))
     config.adapter = adapters.resolved(adapter)
-    schedule = _schedule(config, len(train), bool(len(held)))
+    feed = train.rows
+    if options.packing:
+        packing.check(adapter)
+        feed = packing.pack(train.rows, options.max_length)
+    schedule = _schedule(config, len(feed), bool(len(held)))
     config.eval.every, config.train.save_every = schedule.eval_every, schedule.save_every
-    collate = Collate(pad_token(tokenizer))
-    return Prepared(config, tokenizer, renderer, train, held, adapter, base, schedule, collate, files, notices)
+    collate = Collate(pad_token(tokenizer), dtype=models.dtype_of(config.model, models.device_of(config.model)))
+    return Prepared(config, tokenizer, renderer, train, held, adapter, base, schedule, collate, feed, files, notices)
 
 
 def _notices(train: Tokenised, held: Tokenised, config: RunConfig) -> list[str]:

@@ -138,9 +138,7 @@ def _trainer(
         disable_tqdm=True,
         use_cpu=device.type == "cpu",
     )
-    trainer = AdapterTrainer(
-        model, arguments, prepared.collate, prepared.train.rows, prepared.held.rows if held else None
-    )
+    trainer = AdapterTrainer(model, arguments, prepared.collate, prepared.feed, prepared.held.rows if held else None)
     trainer.remove_callback(PrinterCallback)
     metrics = Metrics(Path(config.output.dir) / "metrics.jsonl", lambda: trainer.tokens_seen, device)
     progress = Progress(console, config.log.progress, lambda: trainer.tokens_seen, device)

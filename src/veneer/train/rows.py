@@ -6,11 +6,13 @@ import csv
 import difflib
 import glob
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
 
 
 class RowError(ValueError):
@@ -26,6 +28,9 @@ def expand(files: list[str]) -> Iterator[tuple[Path, int | None]]:
     for pattern in files:
         bare, mark, count = pattern.rpartition("#")
         pattern, limit = (bare, int(count)) if mark and count.isdigit() else (pattern, None)
+        if _is_hub(pattern):
+            yield Path(pattern), limit
+            continue
         paths = [Path(pattern)] if Path(pattern).is_file() else sorted(map(Path, glob.glob(pattern, recursive=True)))
         if Path(pattern).is_dir():
             paths = sorted(p for p in Path(pattern).iterdir() if p.suffix.lower() in READERS)
@@ -48,10 +53,31 @@ def read(path: Path) -> Iterator[Any]:
     Raises:
         ValueError: an ending without a reader, or a file that cannot be parsed as a whole.
     """
+    if _is_hub(str(path)):
+        return _read_hub(str(path))
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise ValueError(f"'{path}' ends in '{path.suffix}'; data is read from {', '.join(READERS)} files.")
     return reader(path)
+
+
+def _is_hub(name: str) -> bool:
+    """``owner/name`` or ``owner/name:split``, where no such file or folder is."""
+    bare = name.partition(":")[0]
+    return not Path(bare).exists() and bool(HUB_NAME.fullmatch(name)) and Path(bare).suffix.lower() not in READERS
+
+
+def _read_hub(name: str) -> Iterator[Any]:
+    bare, _, split = name.partition(":")
+    try:
+        from datasets import load_dataset  # optional, slow to import, and only here
+    except ImportError:
+        raise ImportError(f"Reading '{name}' from the hub needs the package datasets: pip install datasets.") from None
+    try:
+        return iter(load_dataset(bare, split=split or "train"))
+    except Exception as error:  # its errors have no common class
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"There is no file or folder '{bare}', and from the hub it cannot be read: {reason}") from None
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from veneer.train import adapters
+from veneer.train import adapters, packing
 from veneer.train.tokens import IGNORED
 
 WHOLE = "complete.json"
@@ -22,21 +22,39 @@ WHOLE = "complete.json"
 
 
 class Collate:
-    """Rows to a right-padded batch. Padding is told by place: a pad token that is also the end token stays learnt."""
+    """Rows to a right-padded batch. Padding is told by place: a pad token that is also the end token stays learnt.
 
-    def __init__(self, pad: int, multiple: int = 1):
-        self.pad, self.multiple = pad, multiple
+    Args:
+        pad: fills up ``input_ids``.
+        multiple: lengths are rounded up to it.
+        dtype: of the mask that keeps packed rows apart.
+    """
+
+    def __init__(self, pad: int, multiple: int = 1, dtype: torch.dtype = torch.float32):
+        self.pad, self.multiple, self.dtype = pad, multiple, dtype
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        """``input_ids``, ``labels``, ``attention_mask``, and for packed rows ``position_ids``."""
         length = max(len(row["input_ids"]) for row in rows)
         length = -(-length // self.multiple) * self.multiple
-        columns = {"input_ids": self.pad, "labels": IGNORED, "attention_mask": 0}
-        batch: dict[str, list[list[int]]] = {name: [] for name in columns}
-        for row in rows:
-            whole = {**row, "attention_mask": [1] * len(row["input_ids"])}
-            for name, filler in columns.items():
-                batch[name].append(whole[name] + [filler] * (length - len(row["input_ids"])))
-        return {name: torch.tensor(values) for name, values in batch.items()}
+
+        def column(name: str, filler: int) -> Tensor:
+            return torch.tensor([row[name] + [filler] * (length - len(row[name])) for row in rows])
+
+        batch = {"input_ids": column("input_ids", self.pad), "labels": column("labels", IGNORED)}
+        if "segments" in rows[0]:
+            segments = column("segments", 0)
+            batch["attention_mask"] = packing.block_mask(segments, self.dtype)
+            batch["position_ids"] = packing.positions(segments)
+        else:
+            lengths = torch.tensor([[len(row["input_ids"])] for row in rows])
+            batch["attention_mask"] = (torch.arange(length) < lengths).long()
+        return batch
+
+    def tokens(self, batch: dict[str, Tensor]) -> int:
+        """How many tokens a batch holds, for the speed that is shown."""
+        mask = batch["attention_mask"]
+        return int(mask.sum() if mask.dim() == 2 else (batch["input_ids"] != self.pad).sum())
 
 
 def takes_kept_logits(model: nn.Module) -> bool:
@@ -51,7 +69,7 @@ def token_losses(model: nn.Module, batch: dict[str, Tensor], keep: bool) -> tupl
 
     Args:
         model: a causal language model.
-        batch: ``input_ids``, ``attention_mask``, ``labels``, each (batch, length).
+        batch: what ``Collate`` gives; ``input_ids`` and ``labels`` are (batch, length).
         keep: compute logits only where some row has something to learn.
     """
     inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -99,7 +117,7 @@ class AdapterTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """Sum over learnt tokens / learnt tokens of the whole step, plus the adapter's own penalty."""
-        self.tokens_seen += int(inputs["attention_mask"].sum())
+        self.tokens_seen += self.data_collator.tokens(inputs)
         total, tokens = token_losses(model, inputs, self.keep)
         loss = total / (num_items_in_batch if num_items_in_batch is not None else tokens.clamp(min=1))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
