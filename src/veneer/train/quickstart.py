@@ -8,6 +8,7 @@ adapter is read back from its folder at the end and examined on the held-out row
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def _open(console: Console, prepared: Prepared) -> None:
     """What is about to happen, before the minutes in which it does."""
     settings = prepared.config
     shape = models.meta_model(settings.model, prepared.base, torch.float32)
-    adapted = adapters.attach(shape, prepared.adapter)
+    adapted = adapters.attach(shape, copy.deepcopy(prepared.adapter))  # planting settles choices in it
     trainable, total = counts(adapted)
     report.facts(
         console,
