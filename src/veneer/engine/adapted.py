@@ -237,7 +237,9 @@ class Adapted(nn.Module):
         rows = self.state.rows(x.shape[dim], x.device)
         y = bare(x, *args, **kwargs)  # once, for all rows
         # What a module takes besides x, and layers inside it, cannot be cut into rows: such a one runs whole.
+        # So does an adapter that looks at the model's inputs, which are those of all rows.
         whole = len(chain) > 1 or args or kwargs or self.site.kind in ("parameter", "opaque")
+        whole = whole or any(self.adapters[n].wants for n in here if n in self.adapters)
         for name in here:
             own = rows[name]
             if whole:

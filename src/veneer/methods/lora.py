@@ -166,11 +166,20 @@ class Lora(Additive):
         return enter
 
     @classmethod
-    def on(cls, site: Site, config: LoraConfig, shared: nn.Module | None = None) -> Additive:
+    def plan(cls, config: LoraConfig, sites: Sequence[Site]) -> nn.Module | None:
+        build = cls._chosen(config)
+        return None if build.plan.__func__ is Lora.plan.__func__ else build.plan(config, sites)
+
+    @classmethod
+    def _chosen(cls, config: LoraConfig) -> type[Lora]:
         chosen = [f for f in cls.variants if getattr(config, f)]
         if len(chosen) > 1:
             raise ValueError(f"LoraConfig sets both {' and '.join(chosen)}; at most one variant fits a layer.")
-        build = cls.variants[chosen[0]] if chosen else cls
+        return cls.variants[chosen[0]] if chosen else cls
+
+    @classmethod
+    def on(cls, site: Site, config: LoraConfig, shared: nn.Module | None = None) -> Additive:
+        build = cls._chosen(config)
         if build is not cls and build.on.__func__ is not cls.on.__func__:
             return build.on(site, config, shared)
         if site.kind == "embedding":
@@ -230,9 +239,11 @@ class Lora(Additive):
 
     def branch(self, x: Tensor, dropout: float = 0.0) -> Tensor:
         """``s B A drop(x)``."""
+        a, b = self.factors()
         if self.site.kernel:
-            return self.lora_B(self.lora_A(F.dropout(x, dropout) if dropout else x)) * self.scaling
-        return lowrank(x, self.lora_A.weight, self.lora_B.weight, self.scaling, dropout, self.lora_B.bias)
+            h = self.lora_A._conv_forward(F.dropout(x, dropout) if dropout else x, a, None)
+            return self.lora_B._conv_forward(h, b, self.lora_B.bias) * self.scaling
+        return lowrank(x, a, b, self.scaling, dropout, self.lora_B.bias)
 
     def delta_weight(self) -> Tensor:
         a, b = self.matrices()
@@ -338,8 +349,8 @@ class LoraEmbedding(Lora):
             nn.init.normal_(self.lora_embedding_A)
 
     def branch(self, x: Tensor, dropout: float = 0.0) -> Tensor:
-        y = self.site.lookup(x, self.lora_embedding_A.T) @ self.lora_embedding_B.T
-        return y * (self.scaling * self.site.scale)
+        a, b = self.factors()
+        return self.site.lookup(x, a.T) @ b.T * (self.scaling * self.site.scale)
 
     factor_names = ("lora_embedding_A", "lora_embedding_B")
 
