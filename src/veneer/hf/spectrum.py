@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Additive, Stacked
+from veneer.core.adapter import Adapter, Additive, Stacked
 from veneer.core.config import PeftConfig
 from veneer.engine import checkpoint
 from veneer.hf import hub
@@ -105,11 +105,11 @@ def of_model(model: nn.Module, adapter_name: str = "default") -> list[Spectrum]:
     tuner = tuner_of(model)
     found = []
     for path, adapter in tuner.adapters(adapter_name):
-        parts = list(adapter.each) if isinstance(adapter, Stacked) else [adapter]
+        parts: list[Adapter] = list(adapter.each) if isinstance(adapter, Stacked) else [adapter]  # type: ignore[arg-type]
         if not all(isinstance(part, Additive) for part in parts):
             continue
         with torch.no_grad():
-            deltas = [_as_matrices(part.delta_weight(), part.site.stack) for part in parts]  # type: ignore[operator]
+            deltas = [_matrices(part) for part in parts]
         values = torch.linalg.svdvals(torch.cat(deltas).float()).square().mean(0).sqrt()
         rank = getattr(parts[0], "r", None)
         found.append(Spectrum(path, int(rank) if isinstance(rank, int) else len(values), values[:rank]))
@@ -118,8 +118,11 @@ def of_model(model: nn.Module, adapter_name: str = "default") -> list[Spectrum]:
     return found
 
 
-def _as_matrices(delta: Tensor, stack: int | None) -> Tensor:
-    return delta if stack else delta.flatten(1)[None]
+def _matrices(adapter: Adapter) -> Tensor:
+    """The delta as (matrices, out, in)."""
+    assert isinstance(adapter, Additive)
+    delta = adapter.delta_weight()
+    return delta if adapter.site.stack else delta.flatten(1)[None]
 
 
 def suggested_ranks(spectra: Sequence[Spectrum], energy: float = 0.95) -> dict[str, int]:
