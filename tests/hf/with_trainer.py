@@ -326,3 +326,44 @@ def test_dpo_by_trl_with_the_base_as_its_reference(tmp_path) -> None:
     assert losses(run)[0] == pytest.approx(0.6931, abs=1e-3)  # policy and reference start equal
     assert losses(run)[-1] < losses(run)[0] - 0.01
     assert (tmp_path / "checkpoint-8" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.skipif(not ALIAS, reason="TRL asks for peft")
+def test_dpo_by_trl_goes_on_from_a_trained_adapter(tmp_path) -> None:
+    """TRL copies the adapter into a second, frozen one by parameter names: the reference is where training starts."""
+    from datasets import Dataset as Table
+    from trl import DPOConfig, DPOTrainer
+
+    model = causal(init_lora_weights=False)
+    table = Table.from_list([{"prompt": "a b c", "chosen": " d e f", "rejected": " l k j"}] * 16)
+    run = DPOTrainer(
+        model=model,
+        args=arguments(tmp_path, DPOConfig, bf16=False, max_length=16, max_steps=4),
+        train_dataset=table,
+        processing_class=tokenizer(),
+    )
+    (reference,) = set(model.peft_config) - {"default"}
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if f".{reference}." in name}
+    run.train()
+    assert losses(run)[0] == pytest.approx(0.6931, abs=1e-4)
+    assert frozen and all(torch.equal(p, dict(model.named_parameters())[name]) for name, p in frozen.items())
+
+
+@pytest.mark.skipif(not ALIAS, reason="TRL asks for peft")
+def test_grpo_by_trl(tmp_path) -> None:
+    from datasets import Dataset as Table
+    from trl import GRPOConfig, GRPOTrainer
+
+    options = {"num_generations": 4, "max_completion_length": 4, "beta": 0.1, "bf16": False, "max_steps": 2}
+    run = GRPOTrainer(
+        model=llama(),
+        args=arguments(tmp_path, GRPOConfig, save_steps=2, **options),
+        train_dataset=Table.from_list([{"prompt": "a b c"}] * 16),
+        processing_class=tokenizer(),
+        reward_funcs=lambda completions, **kwargs: [float(len(c)) for c in completions],
+        peft_config=LoraConfig(r=4, task_type="CAUSAL_LM", target_modules="all-linear"),
+    )
+    before = trained_tensors(run.model)
+    run.train()
+    assert any(not torch.equal(value, before[name]) for name, value in trained_tensors(run.model).items())
+    assert (tmp_path / "checkpoint-2" / "adapter_model.safetensors").is_file()
