@@ -39,7 +39,7 @@ lint: $(VENV)/.with-lint  ## format, style, types, and the direction of imports
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.with-test  ## speed and memory, beside the base model and peft
-	@for script in train_step decode adapters_many_layers; do $(BIN)/python benchmarks/$$script.py $(ARGS); done
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/all.py $(ARGS)
 
 clean:  ## remove the environment, caches and builds
 	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

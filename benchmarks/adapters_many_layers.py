@@ -1,6 +1,6 @@
 """Times what users do with adapters on a model of 225 small linear layers: add, load, switch, disable, delete, merge.
 
-    python benchmarks/adapters_many_layers.py --libraries veneer,peft --adapters 10
+python benchmarks/adapters_many_layers.py --libraries veneer,peft --adapters 10
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ def main() -> None:
 
     bases = {name: [copy.deepcopy(base) for _ in range(given.rounds + 1)] for name in names}
     rows = interleave(
-        {n: (lambda n=n, lib=lib: lib.get_peft_model(bases[n].pop(), config(lib))) for n, lib in names.items()}, given.rounds
+        {n: (lambda n=n, lib=lib: lib.get_peft_model(bases[n].pop(), config(lib))) for n, lib in names.items()},
+        given.rounds,
     )
     report("get_peft_model", rows, given.libraries.split(",")[-1])
 
@@ -54,10 +55,16 @@ def main() -> None:
     last = given.libraries.split(",")[-1]
     report("set_adapter", interleave({n: (lambda n=n: switch(n)) for n in names}, given.rounds), last)
     report("disable_adapter", interleave({n: (lambda n=n: disable(n)) for n in names}, given.rounds), last)
-    report("delete_adapter", interleave({n: (lambda n=n: models[n].delete_adapter(f"x{given.adapters - 1}")) for n in names}, 1, 0), last)
+    report(
+        "delete_adapter",
+        interleave({n: (lambda n=n: models[n].delete_adapter(f"x{given.adapters - 1}")) for n in names}, 1, 0),
+        last,
+    )
     for name in names:
         modules = sum(1 for _ in models[name].modules())
-        print(f"{name}: {modules / (7 * given.layers + 1):.1f} modules per linear layer with {given.adapters - 1} adapters")
+        print(
+            f"{name}: {modules / (7 * given.layers + 1):.1f} modules per linear layer with {given.adapters - 1} adapters"
+        )
     report("merge_and_unload", interleave({n: (lambda n=n: models[n].merge_and_unload()) for n in names}, 1, 0), last)
 
 

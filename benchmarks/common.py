@@ -36,7 +36,9 @@ def arguments(description: str, **defaults: Any) -> argparse.Namespace:
     return given
 
 
-def llama(hidden: int = 512, layers: int = 8, mlp: int = 1408, vocab: int = 8192, heads: int = 8, **more: Any) -> nn.Module:
+def llama(
+    hidden: int = 512, layers: int = 8, mlp: int = 1408, vocab: int = 8192, heads: int = 8, **more: Any
+) -> nn.Module:
     """A Llama with random weights: the train shape by default; hidden 64 with 32 layers has 225 small linear layers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -1,6 +1,6 @@
 """Times one-token decoding with adapters on, off, several, and mixed in a batch, over the bare base model.
 
-    python benchmarks/decode.py --libraries veneer,peft --hidden 64 --layers 32
+python benchmarks/decode.py --libraries veneer,peft --hidden 64 --layers 32
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Times a training step (forward and backward) of LoRA and its options over the frozen base's forward and backward.
 
-    python benchmarks/train_step.py --libraries veneer,peft --rank 8
+python benchmarks/train_step.py --libraries veneer,peft --rank 8
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def saved_bytes(model: Any, batch: dict[str, torch.Tensor]) -> float:
 
 
 def main() -> None:
-    given = arguments(__doc__ or "", rank=8, hidden=512, layers=8, mlp=1408, vocab=8192, batch=4, length=256, dtype="float32")
+    given = arguments(
+        __doc__ or "", rank=8, hidden=512, layers=8, mlp=1408, vocab=8192, batch=4, length=256, dtype="float32"
+    )
     names = libraries(given.libraries)
     dtype = getattr(torch, given.dtype)
     base = llama(given.hidden, given.layers, given.mlp, given.vocab).to(dtype).requires_grad_(False)
@@ -44,7 +46,9 @@ def main() -> None:
     models = {}
     for option, more in options.items():
         for name, library in names.items():
-            config = library.LoraConfig(r=given.rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **more)
+            config = library.LoraConfig(
+                r=given.rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **more
+            )
             try:
                 model = library.get_peft_model(copy.deepcopy(base), config).train()
             except NotImplementedError as error:
@@ -56,7 +60,11 @@ def main() -> None:
                 model(inputs_embeds=embeds.clone().requires_grad_(), labels=ids, use_cache=False).loss.backward()
 
             candidates[f"{name} {option}"] = step
-    report(f"train step rank {given.rank} {given.dtype}: over the frozen base", interleave(candidates, given.rounds), "base")
+    report(
+        f"train step rank {given.rank} {given.dtype}: over the frozen base",
+        interleave(candidates, given.rounds),
+        "base",
+    )
     batch = {"inputs_embeds": embeds.clone().requires_grad_(), "labels": ids, "use_cache": False}
     print(f"{'saved for backward, MiB':34}{'base':>12}{saved_bytes(base, batch):12.0f}")
     for name, model in models.items():

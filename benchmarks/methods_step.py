@@ -1,0 +1,73 @@
+"""Times a training step and a one-token decode of every method, over the base model, beside the peer's where it has it.
+
+python benchmarks/methods_step.py --libraries veneer,peft --rounds 5 --only HRA,LOKR
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from common import arguments, interleave, libraries, llama, report
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "LORA": {"r": 8}, "IA3": {"feedforward_modules": ["down_proj"]}, "OFT": {"oft_block_size": 32}, "BOFT": {"boft_block_size": 4},
+    "HRA": {"r": 8}, "ROAD": {}, "LOHA": {"r": 8}, "LOKR": {"r": 8}, "VERA": {"r": 64}, "RANDLORA": {"r": 32},
+    "FOURIERFT": {"n_frequency": 500}, "C3A": {"block_size": 64}, "MISS": {"r": 64}, "HIRA": {"r": 8}, "SHIRA": {"r": 8},
+    "DELORA": {"r": 8}, "GRALORA": {"r": 8}, "WAVEFT": {"n_frequency": 500}, "VBLORA": {"vector_length": 64, "num_vectors": 64},
+}  # fmt: skip
+
+
+def config(library: Any, peft_type: str) -> Any:
+    """This method's config class of a library, on all linear layers.
+
+    Raises:
+        KeyError: the library does not have the method.
+    """
+    if library.__name__ == "veneer":
+        import veneer.methods  # noqa: F401 - enters the methods into the registry
+        from veneer.core.registry import METHODS
+
+        build = METHODS[peft_type].config
+    else:
+        build = library.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    return build(target_modules=names, task_type="CAUSAL_LM", **OPTIONS[peft_type])
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    given = arguments(__doc__ or "", hidden=512, layers=2, mlp=1408, vocab=1024, batch=4, length=128, only="")
+    names = libraries(given.libraries)
+    base = llama(given.hidden, given.layers, 1408 if given.mlp == 1408 else given.mlp, given.vocab).requires_grad_(
+        False
+    )
+    ids = torch.randint(0, given.vocab, (given.batch, given.length))
+    embeds = base.get_input_embeddings()(ids).detach()
+
+    def step(model: Any) -> None:
+        model(inputs_embeds=embeds.clone().requires_grad_(), labels=ids, use_cache=False).loss.backward()
+
+    def decode(model: Any) -> None:
+        with torch.no_grad():
+            for _ in range(5):
+                model(input_ids=ids[:1, :1], use_cache=False)
+
+    for peft_type in given.only.split(",") if given.only else OPTIONS:
+        models = {"base": base}
+        for name, library in names.items():
+            try:
+                models[name] = library.get_peft_model(copy.deepcopy(base), config(library, peft_type))
+            except (KeyError, ValueError, NotImplementedError) as error:
+                print(f"{peft_type}: {name} has no such row here ({type(error).__name__}: {str(error)[:80]})")
+        for what, run in (("step", step), ("decode", decode)):
+            for model in models.values():
+                model.train(what == "step")
+            rows = interleave({n: (lambda m=m, run=run: run(m)) for n, m in models.items()}, given.rounds)
+            report(f"{what} {peft_type}", rows, "base")
+
+
+if __name__ == "__main__":
+    main()
