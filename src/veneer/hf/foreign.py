@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -145,5 +145,5 @@ def _adapter(tensors: Tensors, resolve: Callable[[str], str], prefix: str) -> tu
     return config, ours
 
 
-def _most_common(values: dict[str, float]) -> float:
+def _most_common(values: Mapping[str, float]) -> float:
     return Counter(values.values()).most_common(1)[0][0]

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from veneer.core.adapter import Adapter, Additive, Stacked
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.lora import VARIANTS_BY_FIELD, LoraConfig
+from veneer.methods.lora_config import VARIANTS_BY_FIELD, LoraConfig
 from veneer.ops.lowrank import lowrank
 
 
@@ -46,7 +46,7 @@ class AdaLoraConfig(LoraConfig):
     init_r: int = 12
     tinit: int = 0
     tfinal: int = 0
-    deltaT: int = 1  # noqa: N815 - the name in the file
+    deltaT: int = 1
     beta1: float = 0.85
     beta2: float = 0.85
     orth_reg_weight: float = 0.5
