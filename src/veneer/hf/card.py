@@ -211,8 +211,7 @@ _ROWS = {
 
 
 def _method(config: PeftConfig) -> str:
-    summary = registry.of(str(config.peft_type)).summary.rstrip(".")
-    return f"{config.peft_type}: {summary}" if summary else str(config.peft_type)
+    return registry.of(str(config.peft_type)).summary.rstrip(".") or str(config.peft_type)
 
 
 def _shown(value: Any) -> str:
