@@ -246,6 +246,30 @@ def test_gradient_checkpointing_gives_the_same_losses(base, facts, tmp_path):
     assert got[0] == pytest.approx(got[1], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        "{method: ia3, target_modules: [k_proj, down_proj], feedforward_modules: [down_proj]}",
+        "{method: prompt_tuning, num_virtual_tokens: 4}",
+        "{method: prefix_tuning, num_virtual_tokens: 4}",
+        "{method: oft}",
+        "{method: adalora}",
+        "{method: lora, init_lora_weights: pissa}",
+        "{method: deft}",
+    ],
+)
+def test_other_methods_train_by_their_block_alone(base, facts, tmp_path, block):
+    """Also those that stand before the text, have a schedule of their own, or start from the base's weights."""
+    prepared = prepare(settings(base, facts, tmp_path / "out", "--steps", "3", "--lr", "1e-2", "--adapter", block))
+    plan = make(prepared)
+    outcome = recipes.run(prepared, quiet())
+    assert plan.trainable == outcome.trainable > 0
+    again = adapters.load(models.load_model(prepared.config.model), tmp_path / "out")
+    assert held_out_loss(again, prepared.held.rows, prepared.collate, 4) == pytest.approx(outcome.loss_after, rel=1e-5)
+    bare = held_out_loss(models.load_model(prepared.config.model), prepared.held.rows, prepared.collate, 4)
+    assert outcome.loss_before == pytest.approx(bare, rel=1e-6)
+
+
 def test_targets_that_match_nothing_are_refused_with_near_names(base, facts, tmp_path):
     prepared = prepare(settings(base, facts, tmp_path / "out", "--adapter.target_modules", "[qproj]"))
     with pytest.raises(ValueError, match="q_proj"):

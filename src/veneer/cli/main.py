@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli import adapter, configs, foreign, run, talk
+from veneer.cli import adapter, configs, foreign, run, start, talk
 
 app = typer.Typer(
     name="veneer",
@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
+app.command()(start.init)
 app.command(context_settings=PASS_ON)(run.train)
 app.command(context_settings=PASS_ON)(run.plan)
 app.command()(run.report)
@@ -31,6 +32,7 @@ app.command()(adapter.inspect)
 app.command()(adapter.methods)
 app.command(context_settings=PASS_ON)(foreign.sft)
 app.command("train-with-config")(foreign.train_with_config)
+app.add_typer(start.data, name="data")
 app.add_typer(configs.app, name="configs")
 
 

@@ -23,6 +23,25 @@ LEARNING_RATES = {"IA3": 5e-3, "VERA": 4e-3, "C3A": 1e-1, "PROMPT_TUNING": 3e-2,
 LEARNING_RATES |= {"PREFIX_TUNING": 1e-2, "FOURIERFT": 1e-2, "BOFT": 1e-3, "OFT": 1e-3}
 
 
+# Methods of whole weight changes, which do best on all linear layers; the others know their own places.
+EVERYWHERE = {
+    "LORA",
+    "ADALORA",
+    "OFT",
+    "HRA",
+    "LOHA",
+    "LOKR",
+    "DELORA",
+    "GLORA",
+    "GRALORA",
+    "HIRA",
+    "MISS",
+    "BONE",
+    "PSOFT",
+}
+EVERYWHERE |= {"ROAD", "VERA", "RANDLORA", "SHIRA", "C3A", "VBLORA", "WAVEFT", "FOURIERFT", "BOFT", "DEFT", "TINYLORA"}
+
+
 def table() -> dict[str, type]:
     """Every method's config class by its ``peft_type``."""
     return {str(name): method.config for name, method in registry.METHODS.items()}
@@ -82,11 +101,17 @@ def problems(block: dict[str, Any]) -> list[tuple[Loc, str]]:
     return found
 
 
-def build(block: dict[str, Any], notices: list[str] | None = None) -> Any:
+def build(block: dict[str, Any], notices: list[str] | None = None, steps: int = 1_000_000) -> Any:
     """The library's config of an adapter block.
 
     An inline LoRA-like block that names no targets gets all linear layers, the choice that does best at equal size. A
     config saved for inference is set to train, with a notice.
+
+    Args:
+        block: as in the settings.
+        notices: what was changed is said here.
+        steps: the length of the run, for a method with a schedule of its own that does not say; while it is not known
+            yet, any large number stands in for it.
 
     Raises:
         ValueError: the block names no known method, or its values are invalid together.
@@ -100,9 +125,11 @@ def build(block: dict[str, Any], notices: list[str] | None = None) -> Any:
     if values.pop("inference_mode", False):
         notices.append("The adapter config says inference_mode: true, which would train nothing; it trains here.")
     inline = "path" not in block
-    if inline and "target_modules" in known and "feedforward_modules" not in known and not _says_targets(values):
+    if inline and str(cls.type) in EVERYWHERE and "target_modules" in known and not _says_targets(values):
         values["target_modules"] = "all-linear"
     values.setdefault("task_type", "CAUSAL_LM")
+    if "total_step" in known and values.get("total_step") is None:
+        values["total_step"] = steps
     return cls(**values)
 
 

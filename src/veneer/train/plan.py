@@ -182,17 +182,21 @@ def sample(prepared: Prepared, row: int = 0) -> list[tuple[str, bool]]:
 
 
 def _skeleton(prepared: Prepared, dtype: torch.dtype) -> Any:
-    """The adapted model on the meta device; an init that needs the weights is left out, its shapes are the same."""
+    """The adapted model on the meta device.
+
+    A LoRA start that needs the weights is left out, its shapes are the same; for other methods that need them the model
+    is loaded.
+    """
     base = prepared.base
     config = copy.deepcopy(prepared.adapter)
     try:
         return adapters.attach(models.meta_model(prepared.config.model, base, dtype), config)
     except (NotImplementedError, RuntimeError):
         config = copy.deepcopy(prepared.adapter)
-        if not hasattr(config, "init_lora_weights"):
-            raise
-        config.init_lora_weights = True
-        return adapters.attach(models.meta_model(prepared.config.model, base, dtype), config)
+        if hasattr(config, "init_lora_weights"):
+            config.init_lora_weights = True
+            return adapters.attach(models.meta_model(prepared.config.model, base, dtype), config)
+    return adapters.attach(models.load_model(prepared.config.model, dtype), config).to("meta")
 
 
 def _longest(prepared: Prepared) -> tuple[int, int]:

@@ -83,12 +83,13 @@ def prepare(config: RunConfig) -> Prepared:
     config.data = config.data.model_copy(update=settled)
     if config.train.learning_rate == "auto":
         config.train.learning_rate = adapters.learning_rate(adapter, _hidden(base))
-    config.adapter = adapters.resolved(adapter)
     feed = train.rows
     if options.packing:
         packing.check(adapter)
         feed = packing.pack(train.rows, options.max_length)
     schedule = _schedule(config, len(feed), bool(len(held)))
+    adapter = adapters.build(config.adapter, steps=schedule.steps)
+    config.adapter = adapters.resolved(adapter)
     config.eval.every, config.train.save_every = schedule.eval_every, schedule.save_every
     collate = Collate(pad_token(tokenizer), dtype=models.dtype_of(config.model, models.device_of(config.model)))
     return Prepared(config, tokenizer, renderer, train, held, adapter, base, schedule, collate, feed, files, notices)
