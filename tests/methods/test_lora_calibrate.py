@@ -381,3 +381,16 @@ def test_a_start_from_weights_can_be_made_again():
         lora_at(model, "q").lora_A.weight.add_(1)
     initialize(model)
     assert near(logits(model), logits(net()), 2e-6)
+
+
+def test_a_start_from_data_is_never_handed_out_in_a_form_that_nobody_can_read():
+    model = adapted("lora_ga")
+    initialize(model, batches(2), show_progress_bar=False)
+    assert veneer.get_peft_model_state_dict(model)["base_model.model.q.lora_A.weight"].shape[0] == 8
+    base = net()
+    config = LoraConfig(r=4, target_modules=["q"], init_lora_weights="lora_ga")
+    injected = veneer.inject_adapter_in_model(config, base)
+    assert veneer.get_peft_model_state_dict(injected)["q.lora_A.weight"].shape[0] == 4
+    initialize(injected, batches(2), show_progress_bar=False)
+    with pytest.raises(ValueError, match="save it through PeftModel"):
+        veneer.get_peft_model_state_dict(injected)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-import veneer.methods  # noqa: F401
+import veneer
 from parity import both_ways, near, needs_peer, peer
 from veneer import LoraConfig, PeftModel, get_peft_model
 from veneer.core.config import PeftConfig
@@ -282,3 +282,25 @@ def test_a_packed_base_cannot_be_split():
     base.layer.weight = nn.Parameter(torch.zeros(16, 20, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match="load the base unquantised"):
         Tuner(base).add("default", LoraConfig(r=2, target_modules=["layer"], init_lora_weights="pissa"))
+
+
+def test_tensors_taken_by_hand_have_the_shapes_of_the_config_and_go_back(tmp_path):
+    from veneer import get_peft_model_state_dict, set_peft_model_state_dict
+
+    model = get_peft_model(net(), LoraConfig(r=3, target_modules=["first", "layer"], init_lora_weights="pissa"))
+    train(model, data())
+    twin = get_peft_model(net(), LoraConfig(r=3, target_modules=["first", "layer"], init_lora_weights="pissa"))
+    for convert, rank in ((None, 3), (True, 6)):
+        tensors = get_peft_model_state_dict(model, convert=convert)
+        assert tensors["base_model.model.layer.lora_A.weight"].shape[0] == rank
+        assert set_peft_model_state_dict(twin, tensors, strict=True).clean
+        assert near(twin(data()), model(data()), 2e-6)
+    # values from elsewhere (gathered shards) are the ones that are converted
+    whole = {k: v + 1 for k, v in model.state_dict().items()}
+    moved = get_peft_model_state_dict(model, whole, convert=True)
+    assert torch.equal(moved["base_model.model.layer.lora_A.weight"][:3], tensors_of(model)[:3] + 1)
+    assert torch.equal(moved["base_model.model.layer.lora_A.weight"][3:], tensors_of(model)[3:])
+
+
+def tensors_of(model):
+    return veneer.get_peft_model_state_dict(model, convert=True)["base_model.model.layer.lora_A.weight"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,20 +85,23 @@ def config(tuner: Tuner, name: str, convert: bool = True) -> PeftConfig:
     return build.original_config(own, [adapter for _, adapter in tuner.adapters(name)])
 
 
-def tensors(tuner: Tuner, name: str, convert: bool = True) -> dict[str, Tensor]:
+def tensors(
+    tuner: Tuner, name: str, convert: bool = True, values: Callable[[Tensor], Tensor] | None = None
+) -> dict[str, Tensor]:
     """One adapter's tensors under their keys on disk; the adapter's name is in none of them.
 
     Args:
         tuner: the tuner that holds the adapter.
         name: the adapter.
         convert: where a start replaced base weights, give the adapter in the form that fits the original base.
+        values: live tensor -> the one to take in its stead (gathered from shards, say).
 
     Raises:
         ValueError: no such adapter, or a tensor that is empty (a shard whose parts are elsewhere).
     """
     out: dict[str, Tensor] = {}
     for prefix, holder, adapter in holders(tuner, name):
-        own = dict(holder.state_dict())
+        own = {key: values(value) if values else value for key, value in holder.state_dict().items()}
         if adapter is not None:
             own = adapter.outgoing(adapter.original_form(own) if convert else own)
         out |= {prefix + key: value for key, value in own.items()}

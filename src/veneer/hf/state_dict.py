@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from veneer.engine import checkpoint
 from veneer.engine.tuner import Tuner
 from veneer.hf import embeddings, hub
+from veneer.methods.lora_calibrate import NEEDS_DATA
 
 
 def tuner_of(model: nn.Module) -> Tuner:
@@ -35,7 +37,7 @@ def get_peft_model_state_dict(
     adapter_name: str = "default",
     unwrap_compiled: bool = False,
     save_embedding_layers: str | bool = "auto",
-    convert: bool = True,
+    convert: bool | None = None,
 ) -> dict[str, Tensor]:
     """One adapter's tensors under the keys of ``adapter_model.safetensors``.
 
@@ -45,7 +47,8 @@ def get_peft_model_state_dict(
         adapter_name: the adapter.
         unwrap_compiled: accept keys with ``_orig_mod.`` in ``state_dict``.
         save_embedding_layers: "auto", True or False; see ``veneer.hf.embeddings``.
-        convert: give an adapter whose start replaced base weights in the form that fits the original base.
+        convert: give an adapter whose start replaced base weights as a plain LoRA of rank 2r for the original base, as
+            ``save_pretrained`` does. Default: as it is, in the shapes of its config, unless it was started from data.
 
     Raises:
         ValueError: no such adapter, or a tensor that is empty because its parts lie on other processes.
@@ -54,9 +57,10 @@ def get_peft_model_state_dict(
         model = model._orig_mod  # type: ignore[assignment]
     tuner = tuner_of(model)
     tuner._require(adapter_name)
-    found = checkpoint.tensors(tuner, adapter_name, convert)
-    if state_dict is not None:
-        found = _from_whole(model, found, state_dict)
+    if convert is None:
+        convert = _must_convert(tuner, adapter_name, injected=hasattr(model, "_veneer_tuner"))
+    values = None if state_dict is None else _from_whole(model, state_dict)
+    found = checkpoint.tensors(tuner, adapter_name, convert, values)
     found |= embeddings.saved_embeddings(tuner, adapter_name, save_embedding_layers)
     if isinstance(model, Tuner) or hasattr(model, "_veneer_tuner"):
         own = checkpoint.SHARED_PREFIX if isinstance(model, Tuner) else checkpoint.PREFIX
@@ -64,15 +68,24 @@ def get_peft_model_state_dict(
     return found
 
 
-def _from_whole(model: nn.Module, found: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same keys with values of a state dict of the whole model, matched by the live tensors' identity."""
-    live = {id(v): k for k, v in model.state_dict(keep_vars=True).items()}
-    by_storage = {v.data_ptr(): live[id(v)] for v in model.state_dict(keep_vars=True).values() if v.numel()}
-    out = {}
-    for key, value in found.items():
-        name = by_storage.get(value.data_ptr())
-        out[key] = whole[name] if name in whole else value
-    return out
+def _from_whole(model: nn.Module, whole: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    """Live tensor -> its value in a state dict of the whole model, matched by the live tensors' identity."""
+    named = {v.data_ptr(): k for k, v in model.state_dict(keep_vars=True).items() if v.numel()}
+    return lambda value: whole.get(named.get(value.data_ptr(), ""), value)
+
+
+def _must_convert(tuner: Tuner, name: str, injected: bool) -> bool:
+    """Whether the raw tensors would be of no use: a start from data cannot be made again by who reads them."""
+    from_data = getattr(tuner.configs[name], "init_lora_weights", None) in NEEDS_DATA
+    if not from_data or all(getattr(a, "start_A", None) is None for _, a in tuner.adapters(name)):
+        return False
+    if injected:
+        raise ValueError(
+            f"Adapter '{name}' was started from data and fits only the base weights that came with it, which the "
+            "folder that this model's own save_pretrained writes could not say; save it through PeftModel, or take it with "
+            "convert=True together with veneer.engine.checkpoint.config."
+        )
+    return True
 
 
 def set_peft_model_state_dict(

@@ -57,10 +57,11 @@ def rest(lora: Lora) -> None:
 
 
 def doubled(lora: Lora, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` of the live adapter with [A; A0] and [B, -B0] for A and B."""
-    a, b = lora.matrices()
-    pair = lora.laid_out(torch.cat([a, lora.start_A], dim=-2), torch.cat([b, -lora.start_B], dim=-1))
-    return tensors | dict(zip(lora.factor_names, (t.detach() for t in pair), strict=True))
+    """``tensors`` with [A; A0] and [B, -B0] for A and B."""
+    down, up = (tensors[name].detach() for name in lora.factor_names)
+    a, b = lora.matrices((down, up))
+    pair = torch.cat([a, lora.start_A.to(a)], dim=-2), torch.cat([b, -lora.start_B.to(b)], dim=-1)
+    return tensors | dict(zip(lora.factor_names, lora.laid_out(*pair), strict=True))
 
 
 def halved(lora: Lora, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
