@@ -42,7 +42,7 @@ def main() -> None:
             else:
                 for name in names:
                     load(name)
-    which = {n: 0 for n in names}
+    which = dict.fromkeys(names, 0)
 
     def switch(name: str) -> None:
         which[name] = 1 - which[name]
@@ -63,7 +63,7 @@ def main() -> None:
     for name in names:
         modules = sum(1 for _ in models[name].modules())
         print(
-            f"{name}: {modules / (7 * given.layers + 1):.1f} modules per linear layer with {given.adapters - 1} adapters"
+            f"{name}: {modules / (7 * given.layers + 1):.1f} modules a linear layer with {given.adapters - 1} adapters"
         )
     report("merge_and_unload", interleave({n: (lambda n=n: models[n].merge_and_unload()) for n in names}, 1, 0), last)
 

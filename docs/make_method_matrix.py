@@ -2,8 +2,8 @@
 
     python docs/make_method_matrix.py
 
-A letter is written where the thing was run and found right: F the output changes and disabling gives the base bit for
-bit, M merging equals the forward, U unmerging gives the very parameters back, B a mixed batch equals each adapter alone,
+A letter is written where the thing was run and found right: F the output changes and disabling gives the base,
+bit for bit, M merging equals the forward, U unmerging gives the very parameters back, B a mixed batch equals each adapter alone,
 A two adapters are active together, C it compiles into one graph. A dash: the method refuses the layer in a sentence.
 """
 
@@ -117,7 +117,7 @@ def main() -> None:
     lines = [
         "# Methods",
         "",
-        "Every method, where it sits, and what was tried there. Made by `python docs/make_method_matrix.py`; edit nothing here.",
+        "Every method, where it sits, and what was tried there. Made by `python docs/make_method_matrix.py`.",
         "",
         *["    " + line for line in (__doc__ or "").strip().split("\n")[4:]],
         "",

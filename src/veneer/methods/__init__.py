@@ -21,6 +21,7 @@ from veneer.methods import lora as lora
 from veneer.methods import lora_calibrate as lora_calibrate
 from veneer.methods import lora_init as lora_init
 from veneer.methods import miss as miss
+from veneer.methods import mola as mola
 from veneer.methods import monteclora as monteclora
 from veneer.methods import multitask_prompt as multitask_prompt
 from veneer.methods import oft as oft
