@@ -13,8 +13,7 @@ from torch import nn
 from veneer.core.config import PeftConfig
 from veneer.engine.checkpoint import SAFE_NAME
 from veneer.hf import embeddings, hub
-from veneer.hf.tasks import PeftModel
-from veneer.hf.tasks import task_class
+from veneer.hf.tasks import PeftModel, task_class
 
 PARENTS = ("transformers", "diffusers", "lerobot", "megatron_core")
 """The libraries that a config's ``auto_mapping`` may name: a file never chooses what else is imported."""

@@ -17,8 +17,8 @@ from veneer.core.prompt import Prompt
 from veneer.engine.adapted import Adapted
 from veneer.hf import hub
 from veneer.hf.layer_face import PeftLayer
-from veneer.hf.tasks import PeftModel
 from veneer.hf.state_dict import tuner_of
+from veneer.hf.tasks import PeftModel
 from veneer.hf.tuner import parameter_prefix
 
 
