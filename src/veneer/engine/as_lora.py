@@ -54,7 +54,10 @@ class Combined:
 def is_own(tuner: Tuner, name: str, adapter: Adapter) -> bool:
     """Whether an adapter is the method's own, not one that serves an option (a bias, a saved module)."""
     build = registry.of(tuner.configs[name].peft_type).build  # type: ignore[arg-type]
-    return isinstance(adapter.each[0] if isinstance(adapter, Stacked) else adapter, build)
+    first = adapter.each[0] if isinstance(adapter, Stacked) else adapter
+    return isinstance(first, build) or type(first).__module__ not in {
+        option.__module__ for option in registry.AUXILIARY.values()
+    }
 
 
 def additive(name: str, adapter: Adapter) -> Additive | Stacked:

@@ -175,3 +175,23 @@ def _free_name(tuner: Tuner, name: str) -> str:
     while candidate in tuner.configs:
         candidate += "_"
     return candidate
+
+
+def add_attention_output_twice(model: nn.Module, adapter_name: str = "default", on: bool = True) -> None:
+    """Have the output projection of each ``nn.MultiheadAttention`` get its delta twice, as in the peer (up to 0.21.2).
+
+    For adapters that were trained there: theirs is the only way to equal outputs. Lasts until it is switched off.
+
+    Raises:
+        ValueError: no such adapter, or none at an attention's output projection.
+    """
+    tuner = tuner_of(model)
+    tuner._require(adapter_name)
+    found = [h for h in _own_hosts(tuner, adapter_name) if isinstance(h.site.module, nn.MultiheadAttention)]
+    found = [h for h in found if h.site.below == "out_proj"]
+    if not found:
+        raise ValueError(f"Adapter '{adapter_name}' sits at no nn.MultiheadAttention.")
+    for host in found:
+        host.gains.pop(adapter_name, None)
+        if on:
+            host.gains[adapter_name] = 2.0
