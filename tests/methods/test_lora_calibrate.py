@@ -394,3 +394,24 @@ def test_a_start_from_data_is_never_handed_out_in_a_form_that_nobody_can_read():
     initialize(injected, batches(2), show_progress_bar=False)
     with pytest.raises(ValueError, match="save it through PeftModel"):
         veneer.get_peft_model_state_dict(injected)
+
+
+def _one_of_two(rank: int, folder: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    for init in ("lora_ga", "corda", "eva"):
+        model = adapted(init, ("q", "k", "out"))
+        initialize(model, batches(4)[2 * rank : 2 * rank + 2], show_progress_bar=False)
+        torch.save(dict(model.state_dict()), f"{folder}/{init}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_start_alike_and_from_all_of_the_data(tmp_path):
+    torch.multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    for init in ("lora_ga", "corda", "eva"):
+        here, there = (torch.load(tmp_path / f"{init}{rank}") for rank in (0, 1))
+        assert here.keys() == there.keys() and all(torch.allclose(here[k], there[k], atol=1e-6) for k in here)
+        if init != "eva":
+            alone = adapted(init, ("q", "k", "out"))
+            initialize(alone, batches(4), show_progress_bar=False)
+            assert all(near(here[k], v, 1e-3) for k, v in alone.state_dict().items() if "base_layer.weight" in k)

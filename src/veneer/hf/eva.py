@@ -34,7 +34,7 @@ def directions(
         assert svd.directions is not None
         a = svd.directions[: shared[site]]
         found[site] = a / svd.variance[: len(a), None].sqrt().clamp_min(1e-12) if how.whiten else a
-    return found
+    return dict(zip(found, calibrate.agreed(list(found.values())), strict=True))
 
 
 def _at(config: LoraConfig, path: str) -> LoraConfig:

@@ -82,8 +82,8 @@ def _must_convert(tuner: Tuner, name: str, injected: bool) -> bool:
     if injected:
         raise ValueError(
             f"Adapter '{name}' was started from data and fits only the base weights that came with it, which the "
-            "folder that this model's own save_pretrained writes could not say; save it through PeftModel, or take it with "
-            "convert=True together with veneer.engine.checkpoint.config."
+            "folder that this model's own save_pretrained writes could not say; save it through PeftModel, or take it "
+            "with convert=True together with veneer.engine.checkpoint.config."
         )
     return True
 

@@ -284,11 +284,26 @@ def gathered_gradients(sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
         gradients[site] = averaged(site._stored_form(own))
 
 
+def _several() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def averaged(x: Tensor) -> Tensor:
     """The mean over all processes, where there are several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-        x = x.to(device)
-        torch.distributed.all_reduce(x)
-        x = x / torch.distributed.get_world_size()
-    return x
+    if not _several():
+        return x
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    there = x.to(device, copy=True)
+    torch.distributed.all_reduce(there)
+    return (there / torch.distributed.get_world_size()).to(x.device)
+
+
+def agreed(found: list[Tensor]) -> list[Tensor]:
+    """What the first process found, on all of them: shapes (ranks) must not differ."""
+    if not _several():
+        return found
+    out: list[Any] = [None] * len(found)
+    if torch.distributed.get_rank() == 0:
+        out = [x.cpu() for x in found]
+    torch.distributed.broadcast_object_list(out, src=0)
+    return [x.to(own.device) for x, own in zip(out, found, strict=True)]
