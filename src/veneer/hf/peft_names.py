@@ -50,6 +50,8 @@ HOMES = {
     "veneer.core.registry": ["PeftType"],
     "veneer.engine.checkpoint": ["WEIGHTS_NAME=BIN_NAME", "SAFETENSORS_WEIGHTS_NAME=SAFE_NAME"],
     "veneer.engine.targets": ["INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR"],
+    "veneer.hf.base_state": ["get_base_model_state_dict", "set_base_model_state_dict"],
+    "veneer.hf.convert": ["convert_to_lora", "reduce_intruder_dimension", "save_as_lora"],
     "veneer.hf.faces": [
         "AuxiliaryTrainingWrapper", "BaseTunerLayer", "LoraLayer", "ModulesToSaveWrapper", "TrainableTokensWrapper",
     ],
