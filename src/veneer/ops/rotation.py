@@ -1,0 +1,90 @@
+"""Orthogonal matrices from skew-symmetric ones: R = (I + Q)(I - Q)^{-1}, exactly or as a short series; block-wise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def skew(entries: Tensor, b: int) -> Tensor:
+    """The skew-symmetric matrices whose upper triangles, row by row, are ``entries``.
+
+    Args:
+        entries: (..., b (b - 1) / 2).
+        b: their size.
+
+    Returns:
+        (..., b, b), Q = U - U^T.
+    """
+    rows, columns = torch.triu_indices(b, b, 1, device=entries.device)
+    upper = entries.new_zeros(*entries.shape[:-1], b, b)
+    upper[..., rows, columns] = entries
+    return upper - upper.mT
+
+
+def cayley(q: Tensor) -> Tensor:
+    """(I + Q)(I - Q)^{-1}, by a solve in at least float32. The transpose belongs to -Q.
+
+    Args:
+        q: (..., b, b), skew-symmetric.
+
+    Returns:
+        (..., b, b), orthogonal, in the dtype of ``q``.
+    """
+    wide = q.to(torch.promote_types(q.dtype, torch.float32))
+    eye = torch.eye(q.shape[-1], dtype=wide.dtype, device=q.device)
+    return torch.linalg.solve(eye - wide, eye + wide).to(q.dtype)  # the two factors commute
+
+
+def neumann(q: Tensor, terms: int) -> Tensor:
+    """The first ``terms`` of (I + Q)(1 + Q + Q^2 + ...) = I + 2 Q + 2 Q^2 + ..., the last one once.
+
+    Orthogonal only as far as ||Q|| is small. The peer's files fix two odd cases: three terms mean four, and two end
+    with 2 Q.
+
+    Args:
+        q: (..., b, b), skew-symmetric.
+        terms: how many, at least 1.
+    """
+    eye = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    highest = 3 if terms == 3 else terms - 1
+    factors = [2.0] * highest
+    if highest > 1:
+        factors[-1] = 1.0
+    total = torch.zeros_like(q)
+    for factor in reversed(factors):  # Horner
+        total = q @ (total + factor * eye)
+    return eye + total
+
+
+def turn(v: Tensor, blocks: Tensor) -> Tensor:
+    """v R for a block-diagonal R: (..., n b), (n, b, b) -> (..., n b); one block serves all where n is 1."""
+    n, b, _ = blocks.shape
+    parts = v.reshape(*v.shape[:-1], -1, b)
+    if n == 1:
+        return (parts @ blocks[0]).reshape(v.shape)
+    return torch.einsum("...ni,nij->...nj", parts, blocks).reshape(v.shape)
+
+
+def reflections(u: Tensor) -> tuple[Tensor, Tensor]:
+    """H_1 H_2 ... H_r = I - U S U^T, with H_i = I - 2 u_i u_i^T for the normalised columns of ``u``.
+
+    S is upper triangular, and its inverse is the strictly upper part of U^T U plus I / 2, so the whole product acts in
+    two thin products instead of r passes.
+
+    Args:
+        u: (k, r).
+
+    Returns:
+        U (k, r) with unit columns, S (r, r).
+    """
+    wide = u.to(torch.promote_types(u.dtype, torch.float32))
+    unit = wide / wide.norm(dim=0).clamp_min(torch.finfo(wide.dtype).tiny)
+    eye = torch.eye(u.shape[1], dtype=wide.dtype, device=u.device)
+    inverse = torch.triu(unit.mT @ unit, 1) + 0.5 * eye
+    return unit.to(u.dtype), torch.linalg.solve_triangular(inverse, eye, upper=True).to(u.dtype)
+
+
+def nearest_divisor(n: int, wanted: int) -> int:
+    """The divisor of ``n`` nearest to ``wanted``; of two equally near ones the smaller."""
+    return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: (abs(d - wanted), d))
