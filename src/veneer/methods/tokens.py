@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Base, Weight
-from veneer.core.config import LayerConfig
+from veneer.core.config import LayerConfig, newer
 from veneer.core.registry import auxiliary, method
 from veneer.core.sites import EmbeddingSite, LinearSite, Site, sites_for
 from veneer.methods.bias import originals
@@ -23,6 +23,7 @@ from veneer.methods.bias import originals
 class TrainableTokensConfig(LayerConfig):
     """Which rows train. ``target_modules`` defaults to the model's input embedding."""
 
+    modules_to_save: list[str] | None = newer()
     token_indices: list[int] = field(default_factory=list)
     init_weights: bool = True
 
