@@ -254,6 +254,17 @@ def test_a_layer_that_gets_no_rank_is_let_go_and_the_file_says_so(tmp_path):
     assert torch.equal(lora_at(again, "q").lora_A.weight, lora_at(model, "q").lora_A.weight)
 
 
+def test_whitened_directions_are_as_long_as_the_data_are_short_along_them():
+    found = [
+        veneer.get_eva_state_dict(adapted("eva", eva_config=EvaConfig(whiten=w)), batches(4), show_progress_bar=False)
+        for w in (False, True)
+    ]
+    x = torch.cat([net().emb(b["input_ids"]).flatten(0, 1) for b in batches(4)])
+    projected = ((x - x.mean(0)) @ found[1]["q"].T).detach()
+    assert torch.allclose(projected.var(0), torch.ones(projected.shape[1]), rtol=2e-2)
+    assert near(found[1]["q"] / found[1]["q"].norm(dim=1, keepdim=True), found[0]["q"], 1e-5)
+
+
 def test_padding_and_unlabelled_tokens_do_not_count():
     plain = batches(4)
     padded = []
@@ -327,6 +338,15 @@ def test_data_passes_before_get_peft_model_make_the_same_starts(tmp_path):
     again = net()
     veneer.preprocess_corda(again, config)
     assert near(lora_at(get_peft_model(again, config), "q").delta_weight(), early, 1e-6)
+    late = get_peft_model(net(), config)
+    initialize(late, batches(1), show_progress_bar=False)  # what the file says, not these data
+    assert near(lora_at(late, "q").delta_weight(), early, 1e-6)
+    wider = get_peft_model(
+        net(),
+        LoraConfig(target_modules=["q", "k"], init_lora_weights="corda", corda_config=CordaConfig(cache_file=file)),
+    )
+    with pytest.raises(ValueError, match="holds nothing for 'k'"):
+        initialize(wider, batches(1), show_progress_bar=False)
 
 
 def test_loftq_of_a_base_that_is_quantised_already(tmp_path):

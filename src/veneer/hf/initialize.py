@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from veneer.core.sites import Site
 from veneer.engine.tuner import Tuner
 from veneer.hf import eva
 from veneer.hf.calibration import bare, call, lora_config, loras_of, peek, shown
+from veneer.hf.preprocess import covariances
 from veneer.hf.state_dict import tuner_of
 from veneer.methods import lora_calibrate as calibrate
 from veneer.methods.lora import STARTS, Lora
@@ -68,9 +70,9 @@ def initialize(
         if family == "eva":
             found = eva.directions(loras, config, read, run)
         elif family == "corda":
-            found = calibrate.input_covariances(
-                list(loras), read, run, eva.counted_tokens(EvaConfig(use_label_mask=False))
-            )
+            tokens = eva.counted_tokens(EvaConfig(use_label_mask=False))
+            compute = functools.partial(calibrate.input_covariances, list(loras), read, run, tokens)
+            found = covariances(config, list(loras), compute)
         else:
             found = _gradients(list(loras), read, run)
     if family == "eva":

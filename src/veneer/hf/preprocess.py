@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from veneer.core.config import PeftConfig
 from veneer.core.sites import Site, sites_for
@@ -31,6 +31,30 @@ def sites_named(model: nn.Module, config: PeftConfig) -> list[Site]:
     return [s for t in targets.find(model, config) for s in sites_for(t.path, t.module, t.parameter, turned)]
 
 
+def covariances(
+    config: LoraConfig, sites: list[Site], compute: Callable[[], dict[Site, Tensor]] | None
+) -> dict[Site, Tensor]:
+    """What CorDA's start needs, from its file where that exists, else computed, and then written to it.
+
+    Raises:
+        ValueError: neither a file nor ``compute``, or a file that lacks a layer.
+    """
+    how = config.corda_config
+    file = Path(how.covariance_file or how.cache_file or "") if how else Path()
+    if file.name and file.is_file():
+        known = torch.load(file, weights_only=True)
+        lacking = [site.path for site in sites if site.path not in known]
+        if lacking:
+            raise ValueError(f"The covariance file '{file}' holds nothing for '{lacking[0]}'.")
+        return {site: known[site.path] for site in sites}
+    if compute is None:
+        raise ValueError("CorDA needs data to run over, or a covariance_file that exists.")
+    found = compute()
+    if file.name:
+        torch.save({site.path: c for site, c in found.items()}, file)
+    return found
+
+
 def preprocess_corda(
     model: nn.Module,
     lora_config: LoraConfig,
@@ -41,10 +65,10 @@ def preprocess_corda(
 
     Args:
         model: the base model.
-        lora_config: with init_lora_weights="corda"; its ``corda_config.covariance_file`` is read where it exists, and
-            written where it does not.
+        lora_config: with init_lora_weights="corda"; the ``covariance_file`` (or else ``cache_file``) of its
+            ``corda_config`` is read where it exists, and written where it does not.
         run_model: runs the model over the calibration data.
-        hooked_model: accepted as the peer has it; the model that ``run_model`` runs, where it is a copy.
+        hooked_model: the model that ``run_model`` runs, where it is a copy.
 
     Raises:
         ValueError: a wrong config, no data and no file, or layers other than linear ones.
@@ -53,21 +77,14 @@ def preprocess_corda(
         raise ValueError("preprocess_corda needs a config with init_lora_weights='corda'.")
     sites = sites_named(model, lora_config)
     calibrate.seen_inputs(sites, "corda")
-    file = lora_config.corda_config.covariance_file if lora_config.corda_config else None
-    if file and Path(file).is_file():
-        found = torch.load(file, weights_only=True)
-    elif run_model is None:
-        raise ValueError("preprocess_corda needs run_model, or a covariance_file that exists.")
-    else:
+
+    def compute() -> dict[Site, Tensor]:
         watched = sites if hooked_model is None else sites_named(hooked_model, lora_config)
-        raw = calibrate.input_covariances(watched, [None], lambda _: run_model())
-        found = {site.path: c for site, c in raw.items()}
-        if file:
-            torch.save(found, file)
-    for site in sites:
-        if site.path not in found:
-            raise ValueError(f"The covariance file '{file}' holds nothing for '{site.path}'.")
-        calibrate.note(site, found[site.path])
+        found = calibrate.input_covariances(watched, [None], lambda _: run_model())  # type: ignore[misc]
+        return {site: found[seen] for site, seen in zip(sites, watched, strict=True)}
+
+    for site, c in covariances(lora_config, sites, compute if run_model is not None else None).items():
+        calibrate.note(site, c)
 
 
 def preprocess_loraga(
