@@ -31,6 +31,7 @@ class PromptLearningConfig(PeftConfig):
     modules_to_save: list[str] | None = None
 
     is_prompt_learning: ClassVar[bool] = True
+    ensure_weight_tying: ClassVar[bool] = False
 
     def check(self) -> None:
         """Refuse a length that is none."""
@@ -208,7 +209,7 @@ def split_layers(table: Tensor, layers: int, heads: int, halves: int = 1) -> Key
 
 
 def join_layers(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """The inverse of ``split_layers`` for one row: (keys, values) of (1, heads, length, d) to (length, 2 layers ...)."""
+    """``split_layers`` turned round, for one row: (1, heads, length, d) each to (length, 2 layers heads d)."""
     entries = torch.stack([x[0] for pair in pairs for x in pair])  # (2 layers, heads, length, d)
     return entries.permute(2, 0, 1, 3).flatten(1)
 

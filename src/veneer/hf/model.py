@@ -93,7 +93,7 @@ class PeftModel(nn.Module):
             planted.modules_to_save = [m for m in config.modules_to_save or [] if m not in missing]
         self.base_model.inject(name, planted, low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast)
         if planted is not config:
-            config.target_modules = planted.target_modules  # type: ignore[attr-defined]
+            vars(config).update({k: v for k, v in vars(planted).items() if k != "modules_to_save"})
             self.base_model.configs[name] = config
 
     def add_adapter(

@@ -20,6 +20,7 @@ from veneer.hf import prompts
 from veneer.hf.prompts import Before
 
 _TEXT = ("input_ids", "inputs", "inputs_embeds")
+_TENSORS = (*_TEXT, "attention_mask", "past_key_values", "decoder_input_ids", "streamer", "generation_config")
 
 
 def generate(peft_model: nn.Module, prompt: Prompt, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -33,7 +34,7 @@ def generate(peft_model: nn.Module, prompt: Prompt, args: tuple, kwargs: dict[st
     given = dict(zip(inspect.signature(model.generate).parameters, args)) | kwargs  # type: ignore[arg-type]
     wants = {name for p in prompts._everyone(tuner) for name in p.wants}
     inputs = {name: given.pop(name, None) for name in wants}
-    given = {k: v for k, v in given.items() if v is not None}
+    given = {k: v for k, v in given.items() if v is not None or k not in _TENSORS}
     cache = given.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         return model.generate(**given)  # type: ignore[operator]
@@ -119,7 +120,7 @@ def _empty(model: nn.Module, own: dict[str, Any], total: int) -> Any:
     if kind in ("static", "sliding_window", "hybrid", "offloaded_static"):
         return StaticCache(config=text, max_cache_len=total, offloading=kind.startswith("offloaded"))
     raise ValueError(
-        f"cache_implementation='{kind}' cannot be used with a prompt, which must be read into the cache beforehand; use "
+        f"cache_implementation='{kind}' cannot be used with a prompt, which must be read into the cache first; use "
         "'dynamic' or 'static', or give an empty cache object as past_key_values."
     )
 
@@ -230,8 +231,8 @@ def _read_by_decoder(tuner: Tuner, own: dict[str, Any], text: Tensor, before: Be
     cache = prompts.new_cache(model, None)
     embeds = before.decoder.to(model.get_input_embeddings().weight.dtype)  # type: ignore[union-attr]
     tuner(
-        encoder_outputs=own["encoder_outputs"], attention_mask=mask, decoder_inputs_embeds=embeds, past_key_values=cache,
-        use_cache=True,
+        encoder_outputs=own["encoder_outputs"], attention_mask=mask, decoder_inputs_embeds=embeds,
+        past_key_values=cache, use_cache=True,
     )  # fmt: skip
     if times > 1:
         cache.batch_repeat_interleave(times)
@@ -241,5 +242,5 @@ def _read_by_decoder(tuner: Tuner, own: dict[str, Any], text: Tensor, before: Be
 def _single_prompt_length(before: Before) -> None:
     if before.uneven:
         raise ValueError(
-            "In one batch, an encoder-decoder cannot generate after decoder prompts of different lengths; split the batch."
+            "An encoder-decoder cannot generate after decoder prompts of different lengths in one batch; split it."
         )

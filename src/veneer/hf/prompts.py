@@ -1,7 +1,7 @@
 """Running a model with prompts: text it has read already, as embeddings before the text or as a cache before it.
 
-One path for all methods: ``read_before`` collects what each row of a batch has read (rows of a mixed batch may have read
-different prompts, or none), ``forward`` puts it before the text, and ``veneer.hf.prompted_generation`` hands it to
+One path for all methods: ``read_before`` collects what each row of a batch has read (rows of a mixed batch may have
+read different prompts, or none), ``forward`` puts it before the text, and ``veneer.hf.prompted_generation`` hands it to
 ``generate`` as a cache. Keys and values go in through transformers' public Cache classes; nothing of it is patched.
 """
 
@@ -406,8 +406,9 @@ def _cached(model: nn.Module, own: dict[str, Any], before: Before) -> Iterator[N
         own["use_cache"] = False
     before_forward = {layer: layer.__dict__.get("forward") for layer in layers}
     for layer in layers:
+        cache = None if model.config.is_encoder_decoder else own["past_key_values"]
+        layer.forward = functools.partial(_recomputed, layer, layer.forward, cache)
         layer.gradient_checkpointing = False
-        layer.forward = functools.partial(_recomputed, layer.forward)
     try:
         yield
     finally:
@@ -423,17 +424,30 @@ def _recomputes(module: nn.Module) -> bool:
     return module.training and any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
 
 
-def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """A layer's forward, recomputed in the backward pass with the cache that it had."""
+def _recomputed(layer: nn.Module, forward: Any, cache: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer's forward, recomputed in the backward pass with the cache that it had.
+
+    ``cache``: what a layer gets whose model drops its cache while it trains.
+    """
     from transformers import DynamicCache, EncoderDecoderCache
 
+    names = list(inspect.signature(forward).parameters)
+    if cache is not None and "past_key_values" in names:
+        at = names.index("past_key_values")
+        if at < len(args):
+            args = (*args[:at], cache, *args[at + 1 :])
+        else:
+            kwargs["past_key_values"] = cache
+
     def run(*args: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        own, cache = kwargs, kwargs.get("past_key_values")
         if isinstance(cache, EncoderDecoderCache):  # the cross-attention's half begins empty each time
-            return forward(
-                *args, **kwargs | {"past_key_values": EncoderDecoderCache(cache.self_attention_cache, DynamicCache())}
-            )
-        return forward(*args, **kwargs)
+            own = kwargs | {"past_key_values": EncoderDecoderCache(cache.self_attention_cache, DynamicCache())}
+        before, layer.gradient_checkpointing = layer.gradient_checkpointing, False
+        try:
+            return forward(*args, **own)
+        finally:
+            layer.gradient_checkpointing = before
 
     return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
 

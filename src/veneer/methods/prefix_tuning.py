@@ -1,4 +1,4 @@
-"""Prefix tuning (Li, Liang, 2021, arXiv:2101.00190), and with a trained head P-tuning v2 (Liu et al., 2022, 2110.07602).
+"""Prefix tuning (Li, Liang, 2021, arXiv:2101.00190); with a trained head P-tuning v2 (Liu et al., 2022, 2110.07602).
 
     K_l' = [PK_l ; K_l]    V_l' = [PV_l ; V_l]        PK_l, PV_l (length, kv_heads * head_dim), for every layer l
 
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.prompt import KeysValues, Prompt, PromptLearningConfig, split_layers
+from veneer.core.prompt import KeysValues, PromptLearningConfig, split_layers
 from veneer.core.registry import method
 from veneer.methods.p_tuning import Encoded
 
