@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import warnings
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from laws.kinds import KINDS, Chain
 from laws.table import rows
 from methods.test_lora import Small
-from parity import call, near, needs_peer, randomise
+from parity import call, near, needs_peer, randomise, read_by_peer
 from veneer import LoraConfig
 from veneer.core import registry
 from veneer.core.adapter import Additive, Stacked
@@ -24,15 +25,20 @@ from veneer.engine.combine import RULES, add_weighted_adapter
 from veneer.engine.tuner import Tuner
 from veneer.ops import combining as ops
 
+SAMPLE = ("linear", "conv2d_grouped", "experts")
 KIND_NAMES = ("linear", "conv1d_hf", "conv2d", "conv2d_grouped", "embedding", "mha", "experts")
-IDENTITY = [
-    pytest.param(row, kind, id=f"{row.name}-{kind}")
-    for row in rows()
-    for kind in KIND_NAMES
-    if kind in (row.tested or row.kinds)
-    and row.merges_at(kind)
-    and issubclass(registry.of(row.make(**KINDS[kind].targets).peft_type).build, Additive)
-]
+
+
+def additive_kinds(row) -> list[str]:
+    """Where a row's method has a delta: everywhere for LoRA's kin, a sample for the others."""
+    method = registry.of(row.make(**KINDS["linear"].targets).peft_type)
+    if not issubclass(method.build, Additive):
+        return []
+    names = KIND_NAMES if issubclass(method.config, LoraConfig) else SAMPLE
+    return [kind for kind in names if kind in (row.tested or row.kinds) and row.merges_at(kind)]
+
+
+IDENTITY = [pytest.param(row, kind, id=f"{row.name}-{kind}") for row in rows() for kind in additive_kinds(row)]
 
 
 def tuner_of(kind: str, make, names: tuple[str, ...] = ("a",)) -> tuple[Tuner, torch.Tensor]:
@@ -173,6 +179,8 @@ def test_members_may_sit_at_different_layers_with_patterns_and_a_saved_head(tmp_
     again.add("c", PeftConfig.read(tmp_path))
     assert checkpoint.put(again, "c", checkpoint.read(tmp_path)).clean
     assert near(output(again, "c", IDS), expected, 1e-6)
+    if importlib.util.find_spec("peft"):
+        assert near(call(read_by_peer(small().model, tmp_path), IDS), expected, 1e-5)
 
 
 def test_a_split_start_counts_against_the_original_base() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from laws.kinds import KINDS, Chain
 from methods.test_lora import base_of, inputs_of
-from parity import both_ways, call, near, needs_peer, ours, peer, read
+from parity import both_ways, call, near, needs_peer, ours, peer, read, read_by_peer, write
 from veneer import LoraConfig
 from veneer.engine import checkpoint
 from veneer.engine.tuner import Tuner
@@ -125,6 +127,31 @@ def test_a_trained_bias_is_not_scaled(kind: str, bias: str) -> None:
     assert near(tuner(x), y, 2e-5)
 
 
+class _Sizes(TorchDispatchMode):
+    """Collects the sizes of tensors that are made, views left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.made: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.made += [t.numel() for t in made if t.untyped_storage().data_ptr() not in given]
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_makes_no_second_matrix(dtype: torch.dtype, monkeypatch) -> None:
+    monkeypatch.setattr("veneer.methods.dora.ROWS_AT_ONCE", 300 * 20)
+    tuner = ours(Chain(None, nn.Linear(300, 200)).to(dtype), dora()).train()
+    x = torch.randn(3, 300, dtype=dtype)
+    with _Sizes() as sizes:
+        tuner(x).float().square().sum().backward()
+    assert sizes.made and max(sizes.made) <= 300 * 20  # a piece in float32, where the base is not
+
+
 def test_the_start_is_exactly_the_base_also_in_half_precision() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(0)
@@ -189,3 +216,20 @@ def test_a_file_across_groups_is_refused(tmp_path) -> None:
     tuner.add("a", dora())
     with pytest.raises(ValueError, match="2 groups"):
         checkpoint.put(tuner, "a", found | {"base_model.model.layer.lora_magnitude_vector": torch.ones(1, 16, 1, 1)})
+
+
+@needs_peer
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+@pytest.mark.parametrize("kind", ["linear", "conv2d"])
+def test_a_start_that_splits_the_weight_keeps_its_magnitudes_in_the_file(kind: str, start: str, tmp_path) -> None:
+    base, x = base_of(kind), inputs_of(kind)
+    tuner = Tuner(base())
+    tuner.add("default", dora(init_lora_weights=start))
+    tuner.set_active("default")
+    assert near(tuner.eval()(x), base()(x), 1e-5)
+    assert near(one(tuner).lora_magnitude_vector.flatten(), base().layer.weight.flatten(1).norm(dim=1), 1e-5)
+    tuner = ours(base(), dora(init_lora_weights=start))
+    expected = tuner(x)
+    write(tuner, tmp_path)
+    assert near(read(base(), tmp_path)(x), expected, 1e-4)
+    assert near(call(read_by_peer(base(), tmp_path), x), expected, 1e-4)
