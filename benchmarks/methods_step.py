@@ -14,9 +14,10 @@ from common import arguments, interleave, libraries, llama, report
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "LORA": {"r": 8}, "IA3": {"feedforward_modules": ["down_proj"]}, "OFT": {"oft_block_size": 32},
-    "BOFT": {"boft_block_size": 4}, "HRA": {"r": 8}, "ROAD": {}, "LOHA": {"r": 8}, "LOKR": {"r": 8}, "VERA": {"r": 64}, "RANDLORA": {"r": 32},
-    "FOURIERFT": {"n_frequency": 500}, "C3A": {"block_size": 64}, "MISS": {"r": 64}, "HIRA": {"r": 8},
-    "SHIRA": {"r": 8}, "DELORA": {"r": 8}, "GRALORA": {"r": 8}, "WAVEFT": {"n_frequency": 500},
+    "BOFT": {"boft_block_size": 4}, "HRA": {"r": 8}, "ROAD": {}, "LOHA": {"r": 8}, "LOKR": {"r": 8}, "VERA": {"r": 64},
+    "RANDLORA": {"r": 32}, "FOURIERFT": {"n_frequency": 500}, "C3A": {"block_size": 64}, "MISS": {"r": 64},
+    "HIRA": {"r": 8}, "SHIRA": {"r": 8}, "DELORA": {"r": 8}, "GRALORA": {"r": 8},
+    "WAVEFT": {"n_frequency": 500},
     "VBLORA": {"vector_length": 64, "num_vectors": 64},
 }  # fmt: skip
 

@@ -2,9 +2,10 @@
 
     python docs/make_method_matrix.py
 
-A letter is written where the thing was run and found right: F the output changes and disabling gives the base,
-bit for bit, M merging equals the forward, U unmerging gives the very parameters back, B a mixed batch equals each adapter alone,
-A two adapters are active together, C it compiles into one graph. A dash: the method refuses the layer in a sentence.
+A letter is written where the thing was run and found right: F the output changes and disabling gives the base, bit for
+bit, M merging equals the forward, U unmerging gives the very parameters back, B a mixed batch equals each adapter
+alone, A two adapters are active together, C it compiles into one graph. A dash: the method refuses the layer in a
+sentence.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from functools import partial
 
 from laws.kinds import LINEAR
 from laws.table import Row
-from veneer import MolaConfig
+from veneer import LilyConfig, MolaConfig, PolyConfig
 
 ROWS = [
     Row("mola", partial(MolaConfig, r=4, experts=3, top_k=2), kinds=LINEAR, merges=False),
@@ -17,4 +17,7 @@ ROWS = [
         tested=frozenset({"linear"}),
         merges=False,
     ),
+    Row("poly", partial(PolyConfig, r=4, n_skills=3), kinds=LINEAR),
+    Row("mhr", partial(PolyConfig, r=4, n_skills=2, n_splits=2), kinds=LINEAR, tested=frozenset({"linear"})),
+    Row("lily", partial(LilyConfig, r=4), kinds=LINEAR, merges=False),
 ]

@@ -150,6 +150,7 @@ def put(
         _put_prompt(tuner.prompts[name], left, report, writes)
     report.unexpected_keys += list(left)
     _judge(report, name, strict, ignore_mismatched_sizes)
+    _refuse_conflicts(writes, name)
     for holder, key, value in writes:
         _assign(holder, key, value)
     with tuner.disabled():  # the base's own weights are in place, from which a start's are derived
@@ -170,6 +171,20 @@ def _own_keys(prefix: str, left: dict[str, Tensor], expected: dict[str, Tensor],
         for k in left
         if k.startswith(prefix) and "." not in k[len(prefix) :].removesuffix(".weight").removesuffix(".bias")
     ]
+
+
+def _refuse_conflicts(writes: list[tuple[nn.Module, str, Tensor]], name: str) -> None:
+    """Layers that share a tensor must find the same values in the file: the last one would win in silence."""
+    seen: dict[int, tuple[str, Tensor]] = {}
+    for holder, key, value in writes:
+        path, _, leaf = key.rpartition(".")
+        live = id(getattr(holder.get_submodule(path), leaf))
+        first, other = seen.setdefault(live, (key, value))
+        if other is not value and not torch.equal(other, value):
+            raise ValueError(
+                f"Adapter '{name}' shares one tensor between layers here, but the file has different values for it "
+                f"({first}); it was likely trained with other names in target_modules. Nothing was loaded."
+            )
 
 
 def _put_prompt(prompt: nn.Module, left: dict[str, Tensor], report: LoadReport, writes: list) -> None:

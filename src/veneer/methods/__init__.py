@@ -16,6 +16,7 @@ from veneer.methods import hira as hira
 from veneer.methods import hra as hra
 from veneer.methods import ia3 as ia3
 from veneer.methods import kasa as kasa
+from veneer.methods import lily as lily
 from veneer.methods import ln_tuning as ln_tuning
 from veneer.methods import lora as lora
 from veneer.methods import lora_calibrate as lora_calibrate
@@ -26,6 +27,7 @@ from veneer.methods import monteclora as monteclora
 from veneer.methods import multitask_prompt as multitask_prompt
 from veneer.methods import oft as oft
 from veneer.methods import p_tuning as p_tuning
+from veneer.methods import poly as poly
 from veneer.methods import prefix_tuning as prefix_tuning
 from veneer.methods import prompt_tuning as prompt_tuning
 from veneer.methods import psoft as psoft

@@ -91,8 +91,7 @@ class Mola(Adapter):
         super().__init__(site, config)
         if site.kind not in ("linear", "conv1d_hf") or not site.maps_input:
             raise ValueError(
-                f"MoLA routes the tokens that reach a linear layer; '{site.path}' ({site.kind}) is none. Take it out of "
-                "target_modules."
+                f"MoLA routes the tokens of a linear layer, which '{site.path}' ({site.kind}) is not; exclude it."
             )
         self.scaling, self.top_k, self.balance_weight = (
             config.lora_alpha / config.r,
