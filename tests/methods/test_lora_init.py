@@ -268,6 +268,11 @@ def test_over_a_bfloat16_base_the_rest_is_taken_from_the_factors_as_stored(init,
         ({"init_lora_weights": "pissa_niter_x"}, "positive number of steps"),
         ({"init_lora_weights": "pissa", "lora_alpha": 0}, "positive lora_alpha"),
         ({"init_lora_weights": "loftq", "loftq_config": LoftQConfig(loftq_bits=5)}, "2, 4 or 8 bits"),
+        (
+            {"init_lora_weights": "mica", "use_qalora": True, "qalora_group_size": 4},
+            "'mica' does not go with use_qalora",
+        ),
+        ({"init_lora_weights": "pissa", "alora_invocation_tokens": [1]}, "acts on some tokens only"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_changes(options, says):

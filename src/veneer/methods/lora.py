@@ -96,6 +96,7 @@ class Lora(Additive):
         self.reset(how)
         family = how.split("_niter_")[0] if isinstance(how, str) else None
         if family in STARTS:
+            lora_split.refuse_unfit(config, family)
             STARTS[family](self, config)
 
     def reset(self, how: bool | str = True) -> None:

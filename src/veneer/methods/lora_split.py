@@ -23,6 +23,28 @@ SPLITTING = frozenset({"pissa", "olora", "milora", "corda", "lora_ga"})
 """The starts that end in ``split``."""
 
 
+UNFIT = {
+    "use_bdlora": (None, "keeps its factors as blocks"),
+    "use_qalora": (None, "keeps an A of groups of inputs"),
+    "alora_invocation_tokens": (SPLITTING | {"loftq"}, "acts on some tokens only, where a moved base acts on all"),
+    "monteclora_config": (SPLITTING, "samples as many directions as its rank, which saving would double"),
+}
+"""Option -> the starts that do not go with it (None: any that writes to the factors), and why."""
+
+
+def refuse_unfit(config: Any, family: str) -> None:
+    """Refuse a start that an option of the config cannot hold.
+
+    Raises:
+        ValueError: names both.
+    """
+    for option, (unfit, why) in UNFIT.items():
+        if getattr(config, option, None) and (unfit is None or family in unfit):
+            raise ValueError(
+                f"init_lora_weights='{family}' does not go with {option}, which {why}; leave one of them out."
+            )
+
+
 def splits(init: Any) -> bool:
     """Whether ``init_lora_weights=init`` names such a start."""
     return isinstance(init, str) and init.split("_niter_")[0] in SPLITTING
