@@ -33,9 +33,8 @@ def base() -> LlamaForCausalLM:
 
 
 def config(**more) -> LoraConfig:
-    return LoraConfig(
-        r=4, target_modules=["q_proj", "v_proj"], alora_invocation_tokens=[7, 8], task_type="CAUSAL_LM", **more
-    )
+    own = {"target_modules": ["q_proj", "v_proj"], "alora_invocation_tokens": [7, 8], "task_type": "CAUSAL_LM"}
+    return LoraConfig(**({"r": 4} | own | more))
 
 
 IDS = torch.tensor([
@@ -72,8 +71,9 @@ def test_the_effect_lasts_while_the_cache_grows() -> None:
     assert near(fresh, base()(IDS[2:3]).logits, 1e-5)  # a new call forgets
 
 
-def test_generate_equals_the_uncached_rollout() -> None:
-    tuner = ours(base(), config(), size=0.5)
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["v_proj", "lm_head"]], ids=str)
+def test_generate_equals_the_uncached_rollout(targets: list[str]) -> None:
+    tuner = ours(base(), config(target_modules=targets), size=0.5)
     prompt = IDS[:1, :5]
     made = tuner.model.generate(input_ids=prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)
     ids = prompt

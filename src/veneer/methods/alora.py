@@ -91,6 +91,8 @@ class Alora(Lora):
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
         mask = self.shared.mask(self.site.inputs)  # type: ignore[union-attr]
+        if x.dim() == 3:
+            mask = mask[:, -x.shape[1] :]  # a head may be asked for the last positions only
         mask = mask.reshape(*x.shape[:-1], 1).to(x.device)
         return y + (self.delta(x.to(self.dtype)) * mask).to(y.dtype)
 
