@@ -32,7 +32,8 @@ def test_a_script_runs_unmodified(tmp_path) -> None:
     script.write_text(
         "import sys, helper, peft\n"
         "if __name__ == '__main__':\n"
-        "    print(peft.LoraConfig.__module__.split('.')[0], sys.argv[1:], helper.WORD, sys.argv[0].endswith('script.py'))\n"
+        "    home = peft.LoraConfig.__module__.split('.')[0]\n"
+        "    print(home, sys.argv[1:], helper.WORD, sys.argv[0].endswith('script.py'))\n"
     )
     done = run("-m", "veneer.as_peft", str(script), "--lr", "3", cwd=tmp_path.parent)
     assert done.stdout.strip() == "veneer ['--lr', '3'] beside the script True", done.stderr

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from veneer.engine.targets import original
-from veneer.methods.lora import LoraConfig
+from veneer.methods.lora_config import LoraConfig
 
 INDEX_NAMES = ("layer_idx", "layer_id", "layer_index", "layer_number")
 """What families call the position that a layer or its attention holds for the cache of keys and values."""
