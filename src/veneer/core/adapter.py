@@ -256,7 +256,7 @@ class Stacked(Adapter):
         return self._translated("incoming", tensors)
 
     def _translated(self, way: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        out = {}
+        out: dict[str, Tensor] = {}
         for i, adapter in enumerate(self.each):
             prefix = f"each.{i}."
             own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
