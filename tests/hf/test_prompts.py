@@ -492,7 +492,7 @@ def test_encoder_decoders_generate_what_forward_says(how):
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
 def test_refusals():
-    with pytest.raises(ValueError, match="leaves no room in the context.*64"):
+    with pytest.raises(ValueError, match=r"leaves no room in the context.*64"):
         get_peft_model(llama(), PromptTuningConfig(num_virtual_tokens=64, task_type="CAUSAL_LM"))
     with pytest.raises(ValueError, match="num_virtual_tokens must be a positive integer"):
         get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM"))
@@ -508,9 +508,9 @@ def test_refusals():
     with pytest.raises(ValueError, match="quantized"):
         model.generate(IDS, cache_implementation="quantized", **GREEDY)
     small = made(gpt2(n_positions=7), METHODS["prompt"]())
-    with pytest.raises(ValueError, match="exceeds the 7 positions.*cut the text to 4"):
+    with pytest.raises(ValueError, match=r"exceeds the 7 positions.*cut the text to 4"):
         small(input_ids=IDS)
-    with pytest.raises(ValueError, match="input embedding|config says none"):
+    with pytest.raises(ValueError, match=r"input embedding|config says none"):
         get_peft_model(torch.nn.Linear(2, 2), PromptTuningConfig(num_virtual_tokens=2))
     left = made(llama(), METHODS["prompt"]())  # positions that a left-padding collator makes are no packing
     assert left(
