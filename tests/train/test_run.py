@@ -246,6 +246,27 @@ def test_gradient_checkpointing_gives_the_same_losses(base, facts, tmp_path):
     assert got[0] == pytest.approx(got[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_trains_also_after_it_was_evaluated(base, facts, tmp_path, kind):
+    """bitsandbytes' 4-bit layers repack their weights in evaluation mode on a CPU, and then give wrong gradients."""
+    pytest.importorskip("bitsandbytes")
+    prepared = prepare(settings(base, facts, tmp_path / "out", "--model.quantize", kind, "--lr", "1e-2"))
+    batch = prepared.collate(prepared.train.rows[:4])
+    model = build(prepared).train()
+
+    def gradient():
+        model.zero_grad()
+        total, count = token_losses(model, batch, keep=True)
+        (total / count).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    fresh = gradient()
+    held_out_loss(model, prepared.held.rows, prepared.collate, 4)
+    assert torch.cosine_similarity(fresh, gradient(), 0) > 0.999
+    outcome = recipes.run(prepared, quiet())
+    assert outcome.loss_after < 0.97 * outcome.loss_before
+
+
 @pytest.mark.parametrize(
     "block",
     [

@@ -54,7 +54,7 @@ def check(
         from veneer.train.config import Model
 
         models.quiet()
-        tokenizer = models.load_tokenizer(Model(path=model))
+        tokenizer = models.load_tokenizer(Model.model_validate({"path": model}))
     from rich.console import Console
 
     from veneer.train import doctor

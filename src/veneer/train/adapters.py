@@ -42,7 +42,7 @@ EVERYWHERE = {
 EVERYWHERE |= {"ROAD", "VERA", "RANDLORA", "SHIRA", "C3A", "VBLORA", "WAVEFT", "FOURIERFT", "BOFT", "DEFT", "TINYLORA"}
 
 
-def table() -> dict[str, type]:
+def table() -> dict[str, Any]:
     """Every method's config class by its ``peft_type``."""
     return {str(name): method.config for name, method in registry.METHODS.items()}
 

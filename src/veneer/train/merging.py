@@ -84,7 +84,7 @@ def merge(
     folder = Path(out)
     if folder.exists():
         raise ValueError(f"'{out}' exists already; name a folder that does not.")
-    options = {"dtype": "float32", "device": device, "trust_remote_code": trust_remote_code}
+    options = {"dtype": "float32", "quantize": "none", "device": device, "trust_remote_code": trust_remote_code}
     session = Session(model, adapter, options)
     texts = [
         session.render([{"role": "user", "content": p}]) if session.template == "chat" else p

