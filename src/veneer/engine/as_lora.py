@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -26,11 +27,17 @@ from veneer.ops.combining import Pair
 class Delta:
     """One member's effect on one weight, as matrices (..., out, in)."""
 
-    pair: Pair
     weight: float
+    own: Pair | None = None
+    """The factors that the method itself holds."""
     dense: Tensor | None = None
     plain: tuple[Tensor, Tensor, float] | None = None
     """(A, B, s) where the member is nothing but s B A."""
+
+    @functools.cached_property
+    def pair(self) -> Pair:
+        """Factors that hold the delta exactly."""
+        return ops.factored(self.matrix)[0] if self.own is None else self.own
 
     @property
     def rank(self) -> int:
@@ -39,6 +46,19 @@ class Delta:
     @property
     def matrix(self) -> Tensor:
         return self.pair[0] @ self.pair[1] if self.dense is None else self.dense
+
+    def best(self, rank: int | float) -> tuple[Pair, float]:
+        """The best factors of this rank, or of the least rank that holds this share of the energy; and their error."""
+        if isinstance(rank, int):
+            rank = min(rank, *self.limits)
+        return ops.compressed(self.own, rank) if self.own is not None else ops.factored(self.matrix, rank)
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """(out, in) of one matrix: no rank is above either."""
+        if self.own is not None:
+            return self.own[0].shape[-2], self.own[1].shape[-1]
+        return self.matrix.shape[-2], self.matrix.shape[-1]
 
 
 @dataclass
@@ -79,18 +99,17 @@ def additive(name: str, adapter: Adapter) -> Additive | Stacked:
 
 
 def delta_of(adapter: Additive | Stacked, weight: float = 1.0) -> Delta:
-    """One adapter's delta, with factors: its own, or such as hold it exactly."""
+    """One adapter's delta: its own factors, or the matrices."""
     own = adapter.delta_factors() if isinstance(adapter, Additive) else None
     if own is not None:
         plain = None
         if adapter.residual is None and hasattr(adapter, "matrices") and hasattr(adapter, "scaling"):
             a, b = adapter.matrices()
             plain = a.float(), b.float(), adapter.scaling
-        return Delta((own[0].float(), own[1].float()), weight, plain=plain)
+        return Delta(weight, (own[0].float(), own[1].float()), plain=plain)
     each = adapter.each if isinstance(adapter, Stacked) else None
     dense = adapter.delta_weight() if each is None else torch.stack([one.delta_weight() for one in each])  # type: ignore
-    dense = as_matrices(adapter.site, dense.float())
-    return Delta(ops.factored(dense)[0], weight, dense=dense)
+    return Delta(weight, dense=as_matrices(adapter.site, dense.float()))
 
 
 def as_matrices(site: Site, weight: Tensor) -> Tensor:

@@ -48,9 +48,14 @@ def _sum(deltas: list[Delta]) -> Pair:
     return ops.stacked([d.pair for d in deltas], [d.weight for d in deltas])
 
 
+def _best_sum(deltas: list[Delta], rank: int | float) -> tuple[Pair, float]:
+    if all(d.own is not None for d in deltas):
+        return ops.compressed(_sum(deltas), rank)
+    return ops.factored(ops.weighted([d.matrix for d in deltas], [d.weight for d in deltas]), rank)
+
+
 def _total_rank(deltas: list[Delta]) -> int:
-    (m, _), (_, n) = deltas[0].pair[0].shape[-2:], deltas[0].pair[1].shape[-2:]
-    return min(sum(d.rank for d in deltas), m, n)
+    return min(sum(d.rank for d in deltas), *deltas[0].limits)
 
 
 def _cat(deltas: list[Delta], options: Options) -> tuple[Pair, float]:
@@ -58,11 +63,11 @@ def _cat(deltas: list[Delta], options: Options) -> tuple[Pair, float]:
 
 
 def _linear(deltas: list[Delta], options: Options) -> tuple[Pair, float]:
-    return ops.compressed(_sum(deltas), options.rank or _total_rank(deltas))
+    return _best_sum(deltas, options.rank or _total_rank(deltas))
 
 
 def _svd(deltas: list[Delta], options: Options) -> tuple[Pair, float]:
-    pair, lost = ops.compressed(_sum(deltas), options.rank or max(d.rank for d in deltas))
+    pair, lost = _best_sum(deltas, options.rank or max(d.rank for d in deltas))
     return (pair if options.clamp is None else ops.clamped(pair, options.clamp)), lost
 
 

@@ -18,7 +18,17 @@ from tqdm.auto import tqdm
 from veneer.core.config import PeftConfig
 from veneer.engine import checkpoint
 from veneer.engine.adapted import Adapted
-from veneer.engine.as_lora import Combined, additive, as_matrices, copy_companions, delta_of, is_own, label, plant
+from veneer.engine.as_lora import (
+    Combined,
+    Delta,
+    additive,
+    as_matrices,
+    copy_companions,
+    delta_of,
+    is_own,
+    label,
+    plant,
+)
 from veneer.engine.tuner import Tuner
 from veneer.hf.state_dict import tuner_of
 from veneer.ops import combining as ops
@@ -50,13 +60,12 @@ def convert_to_lora(
     """
     tuner = tuner_of(model)
     _check_rank(rank)
-    compress = ops.compressed if compile_kwargs is None else torch.compile(ops.compressed, **compile_kwargs)
+    best = Delta.best if compile_kwargs is None else torch.compile(Delta.best, **compile_kwargs)
     with _unmerged(tuner, adapter_name).disabled():
         found = {}
         for host in tqdm(list(_own_hosts(tuner, adapter_name)), disable=not progressbar, desc="to LoRA"):
             adapter = additive(adapter_name, host.adapters[adapter_name])
-            pair = delta_of(adapter).pair
-            pair, lost = compress(pair, _within(rank, pair))
+            pair, lost = best(delta_of(adapter), rank)
             found[host] = Combined(pair, getattr(adapter, "delta_bias", lambda: None)(), lost)
         name = _free_name(tuner, adapter_name)
         plant(tuner, name, [adapter_name], found)
@@ -151,10 +160,6 @@ def _check_rank(rank: int | float) -> None:
         raise ValueError(
             f"rank must be a positive integer, or a share of the energy between 0 and 1 such as 0.95, not {rank!r}."
         )
-
-
-def _within(rank: int | float, pair: ops.Pair) -> int | float:
-    return min(rank, pair[0].shape[-2], pair[1].shape[-1]) if isinstance(rank, int) else rank
 
 
 def _unmerged(tuner: Tuner, name: str) -> Tuner:

@@ -6,7 +6,6 @@ a pair ``up (..., m, r)``, ``down (..., r, n)`` whose product it is; leading dim
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -58,8 +57,8 @@ def factored(matrix: Tensor, rank: int | float | None = None) -> tuple[Pair, flo
         keep = exact_rank(values) if rank is None else rank_for(values, rank)
     pairs = [_padded(u[:, :keep] * s[:keep], v[:, :keep].T, keep) for u, s, v in found]
     up, down = (torch.stack(each).reshape(*matrix.shape[:-2], *each[0].shape) for each in zip(*pairs, strict=True))
-    whole, held = flat.double().square().sum(), (up @ down).double().square().sum()
-    return (up, down), math.sqrt(max(0.0, 1 - float(held / whole))) if whole else 0.0
+    size = matrix.norm()
+    return (up, down), float((matrix - up @ down).norm() / size) if size else 0.0
 
 
 def exact_rank(s: Tensor) -> int:
