@@ -27,6 +27,10 @@ _HOMES = {
     ],
     "veneer.hf.state_dict": ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"],
     "veneer.hf.inject": ["inject_adapter_in_model"],
+    "veneer.hf.prefix_start": [
+        "compose_cartridge_adapters", "initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text",
+        "prompt_embeddings_from_past_key_values",
+    ],
     "veneer.hf.kappa": ["KappaTuneSelector", "find_kappa_target_modules"],
     "veneer.train.optim": [
         "create_lorafa_optimizer", "create_loraplus_optimizer", "create_lorapro_optimizer",
@@ -41,6 +45,9 @@ _HOMES = {
         "AutoPeftModelForQuestionAnswering", "AutoPeftModelForSeq2SeqLM",
         "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
     ],
+    "veneer.hf.peer": ["cast_mixed_precision_params", "prepare_model_for_kbit_training", "rescale_adapter_scale"],
+    "veneer.hf.base_state": ["get_base_model_state_dict", "set_base_model_state_dict"],
+    "veneer.hf.convert": ["convert_to_lora", "save_as_lora"],
     "veneer.hf.as_peft": ["install_as_peft"],
 }  # fmt: skip
 _WHERE = {name: home for home, names in _HOMES.items() for name in names}

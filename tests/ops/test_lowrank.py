@@ -39,7 +39,9 @@ def test_forward_and_gradients_equal_the_eager_twin(batch, masked: bool) -> None
     assert torch.allclose(fused(x, a, b), eager(x, a, b))
     g = torch.randn_like(eager(x, a, b))
     for ours, twin in zip(
-        torch.autograd.grad(fused(x, a, b), (x, a, b), g), torch.autograd.grad(eager(x, a, b), (x, a, b), g), strict=True
+        torch.autograd.grad(fused(x, a, b), (x, a, b), g),
+        torch.autograd.grad(eager(x, a, b), (x, a, b), g),
+        strict=True,
     ):
         assert torch.allclose(ours, twin)
     assert torch.autograd.gradcheck(fused, (x, a, b))
@@ -139,7 +141,9 @@ def test_the_short_way_is_taken_and_equals_the_long_one(setting: str) -> None:
     host._path = None
     long, long_grads = run()
     assert torch.allclose(short, long, atol=1e-6)
-    assert len(short_grads) == len(long_grads) and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(short_grads, long_grads, strict=True))
+    assert len(short_grads) == len(long_grads) and all(
+        torch.allclose(a, b, atol=1e-5) for a, b in zip(short_grads, long_grads, strict=True)
+    )
 
 
 def test_hooks_gains_and_trainable_bases_take_the_long_way() -> None:

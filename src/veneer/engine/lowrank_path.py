@@ -40,7 +40,7 @@ class LowRankPath:
         lows: list[LowRank] = []
         for adapter in self.adapters:
             low = adapter.low_rank()
-            if low is None or low.bias is not None or (low.dropout and len(self.adapters) > 1 or low.dropout and self.route):
+            if low is None or low.bias is not None or (low.dropout and (self.route or len(self.adapters) > 1)):
                 return None
             if low.a.dtype != x.dtype and x.dtype not in _HALF:
                 return None

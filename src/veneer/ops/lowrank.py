@@ -25,7 +25,9 @@ class LowRank(NamedTuple):
     bias: Tensor | None = None
 
 
-def lowrank(x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float = 0.0, bias: Tensor | None = None) -> Tensor:
+def lowrank(
+    x: Tensor, a: Tensor, b: Tensor, scaling: float, dropout: float = 0.0, bias: Tensor | None = None
+) -> Tensor:
     """``scaling * (drop(x) a^T) b^T (+ scaling * bias)``, eager.
 
     Args:
