@@ -118,7 +118,7 @@ def saved_embeddings(tuner: Tuner, name: str, save_embedding_layers: str | bool 
 
 def _sits_at(tuner: Tuner, name: str, table: Table) -> bool:
     """Whether the method itself is at this table; trained rows and copies save what they change themselves."""
-    if getattr(tuner.configs[name], "trainable_token_indices", None):
+    if any(getattr(tuner.configs[name], field, None) for field in ("trainable_token_indices", "token_indices")):
         return False
     build = registry.of(str(tuner.configs[name].peft_type)).build
     helpers = tuple(registry.AUXILIARY.values())

@@ -46,7 +46,9 @@ class TrainableTokens(Adapter):
                 f"Trainable tokens need an embedding or a linear layer, but '{site.path}' is a "
                 f"{type(site.module).__name__}."
             )
-        return cls(site, config.token_indices, config.init_weights)
+        adapter = cls(site, config.token_indices, config.init_weights)
+        site.adapter = adapter  # type: ignore[union-attr]
+        return adapter
 
     def __init__(self, site: Site, indices: Sequence[int], copy_rows: bool = True):
         super().__init__(site, None)
@@ -87,7 +89,7 @@ class TrainableTokens(Adapter):
 class TiedTokens(TrainableTokens):
     """The same trained rows at a head that shares the embedding's weight; owns nothing."""
 
-    def __init__(self, site: Site, leader: TrainableTokens):
+    def __init__(self, site: Site, leader: Any):
         Adapter.__init__(self, site, None)
         object.__setattr__(self, "leader", leader)
 
@@ -113,16 +115,7 @@ class TokensBesides(TrainableTokens):
                 site = sites_for(target.path, target.module)[0]
                 site.tokens, site.below = list(indices), "token_adapter"  # type: ignore[attr-defined]
                 sites.append(site)
-                weight = getattr(target.module, "weight", None)
-                for path, module in originals(model):
-                    if (
-                        module is not target.module
-                        and module._parameters.get("weight") is weight
-                        and weight is not None
-                    ):
-                        follower = sites_for(path, module)[0]
-                        follower.leader = site  # type: ignore[attr-defined]
-                        sites.append(follower)
+                sites += followers(model, site)
         return sites
 
     @classmethod
@@ -133,6 +126,41 @@ class TokensBesides(TrainableTokens):
         adapter = cls(site, site.tokens)  # type: ignore[attr-defined]
         site.adapter = adapter  # type: ignore[attr-defined]
         return adapter
+
+
+@auxiliary("token_indices")
+class TiedRows(TiedTokens):
+    """What the method itself trains in an embedding, at the layers tied to it; saved there again, as the peer does."""
+
+    @classmethod
+    def sites(cls, model: nn.Module, config: Any, own: Sequence[Site], find_named: Callable) -> list[Site]:
+        """The layers tied to a targeted embedding that are no targets themselves."""
+        targeted = {id(site.module) for site in own}
+        tied = [f for site in own if isinstance(site, EmbeddingSite) for f in followers(model, site)]
+        return [f for f in tied if id(f.module) not in targeted]
+
+    @classmethod
+    def on(cls, site: Site, config: Any, shared: nn.Module | None = None) -> Adapter:
+        return cls(site, site.leader)  # type: ignore[attr-defined]
+
+    def ready(self) -> None:
+        if isinstance(self.leader, Site):  # the leader is built after what follows it
+            object.__setattr__(self, "leader", self.leader.adapter)  # type: ignore[attr-defined]
+
+    @property
+    def holder(self) -> nn.Module:
+        return self.leader
+
+
+def followers(model: nn.Module, site: Site) -> list[Site]:
+    """The sites of the layers that share the very weight of ``site``'s layer; each names it as its ``leader``."""
+    weight, found = getattr(site.module, "weight", None), []
+    for path, module in originals(model):
+        if weight is not None and module is not site.module and module._parameters.get("weight") is weight:
+            follower = sites_for(path, module)[0]
+            follower.leader = site  # type: ignore[attr-defined]
+            found.append(follower)
+    return found
 
 
 def _input_embedding(model: nn.Module) -> str:
