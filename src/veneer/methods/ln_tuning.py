@@ -63,10 +63,5 @@ class LNTuning(Adapter):
         return {key.replace("__", "."): value for key, value in tensors.items()}
 
     def incoming(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        out = {}
-        for key, value in tensors.items():
-            first, _, name = key.partition(".")
-            if name.replace(".", "__") not in self.ln_tuning_layers:
-                name = name.partition(".")[2]  # the peer leaves the adapter's name before nested parameters
-            out[f"{first}.{name.replace('.', '__')}"] = value
-        return out
+        split = {key: key.partition(".") for key in tensors}
+        return {f"{first}.{name.replace('.', '__')}": tensors[key] for key, (first, _, name) in split.items()}
