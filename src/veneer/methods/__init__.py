@@ -1,15 +1,21 @@
 """One file a method. Importing this package enters them all into the registry."""
 
 from veneer.methods import adalora as adalora
+from veneer.methods import adamss as adamss
 from veneer.methods import alora as alora
 from veneer.methods import bdlora as bdlora
 from veneer.methods import beft as beft
 from veneer.methods import bias as bias
 from veneer.methods import bitfit as bitfit
 from veneer.methods import boft as boft
+from veneer.methods import c3a as c3a
+from veneer.methods import cartridge as cartridge
+from veneer.methods import cpt as cpt
 from veneer.methods import deft as deft
 from veneer.methods import delora as delora
 from veneer.methods import dora as dora
+from veneer.methods import fourierft as fourierft
+from veneer.methods import frod as frod
 from veneer.methods import glora as glora
 from veneer.methods import gralora as gralora
 from veneer.methods import hira as hira
@@ -18,6 +24,8 @@ from veneer.methods import ia3 as ia3
 from veneer.methods import kasa as kasa
 from veneer.methods import lily as lily
 from veneer.methods import ln_tuning as ln_tuning
+from veneer.methods import loha as loha
+from veneer.methods import lokr as lokr
 from veneer.methods import lora as lora
 from veneer.methods import lora_calibrate as lora_calibrate
 from veneer.methods import lora_init as lora_init
@@ -26,13 +34,24 @@ from veneer.methods import mola as mola
 from veneer.methods import monteclora as monteclora
 from veneer.methods import multitask_prompt as multitask_prompt
 from veneer.methods import oft as oft
+from veneer.methods import osf as osf
 from veneer.methods import p_tuning as p_tuning
+from veneer.methods import peanut as peanut
 from veneer.methods import poly as poly
 from veneer.methods import prefix_tuning as prefix_tuning
 from veneer.methods import prompt_tuning as prompt_tuning
 from veneer.methods import psoft as psoft
+from veneer.methods import pvera as pvera
 from veneer.methods import qalora as qalora
+from veneer.methods import randlora as randlora
 from veneer.methods import road as road
 from veneer.methods import saved as saved
+from veneer.methods import shira as shira
+from veneer.methods import supertuning as supertuning
+from veneer.methods import tinylora as tinylora
 from veneer.methods import tokens as tokens
+from veneer.methods import unilora as unilora
+from veneer.methods import vblora as vblora
 from veneer.methods import velora as velora
+from veneer.methods import vera as vera
+from veneer.methods import waveft as waveft
