@@ -291,6 +291,19 @@ def test_other_methods_train_by_their_block_alone(base, facts, tmp_path, block):
     assert outcome.loss_before == pytest.approx(bare, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["loraplus", "lorapro"])
+def test_optimisers_for_lora_are_chosen_by_name(base, facts, tmp_path, name):
+    got = {}
+    for chosen in (name, "adamw_torch"):
+        out = tmp_path / chosen
+        prepared = prepare(settings(base, facts, out, "--steps", "4", "--lr", "3e-3", "--optimizer", chosen))
+        outcome = recipes.run(prepared, quiet())
+        assert outcome.loss_after < outcome.loss_before
+        got[chosen] = losses(out)
+    assert got[name][1] == got["adamw_torch"][1]
+    assert got[name][4] != got["adamw_torch"][4]
+
+
 def test_targets_that_match_nothing_are_refused_with_near_names(base, facts, tmp_path):
     prepared = prepare(settings(base, facts, tmp_path / "out", "--adapter.target_modules", "[qproj]"))
     with pytest.raises(ValueError, match="q_proj"):

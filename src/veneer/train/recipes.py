@@ -20,6 +20,7 @@ from veneer.train import adapters, document, html, models
 from veneer.train.callbacks import Adapters, Interrupt, Metrics, Progress, size
 from veneer.train.config import RunConfig
 from veneer.train.evaluate import answer, end_tokens
+from veneer.train.optim import OPTIMISERS
 from veneer.train.prepare import Prepared, build, counts
 from veneer.train.provenance import header
 from veneer.train.tokens import IGNORED, Tokenised
@@ -106,6 +107,7 @@ def _trainer(
 ) -> tuple[AdapterTrainer, Progress, Interrupt]:
     config, schedule, held = prepared.config, prepared.schedule, bool(len(prepared.held))
     best = held and config.eval.best
+    own = OPTIMISERS.get(config.train.optimizer)
     arguments = TrainingArguments(
         output_dir=str(Path(config.output.dir) / "checkpoints"),
         max_steps=schedule.steps,
@@ -115,7 +117,7 @@ def _trainer(
         learning_rate=float(config.train.learning_rate),
         lr_scheduler_type=config.train.schedule,
         warmup_steps=schedule.warmup,
-        optim=config.train.optimizer,
+        optim=config.train.optimizer if own is None else "adamw_torch",
         weight_decay=config.train.weight_decay,
         max_grad_norm=config.train.clip,
         seed=config.train.seed,
@@ -138,15 +140,17 @@ def _trainer(
         disable_tqdm=True,
         use_cpu=device.type == "cpu",
     )
-    trainer = AdapterTrainer(model, arguments, prepared.collate, prepared.feed, prepared.held.rows if held else None)
+    rows = prepared.held.rows if held else None
+    optimiser = own(model, float(config.train.learning_rate)) if own else None
+    trainer = AdapterTrainer(model, arguments, prepared.collate, prepared.feed, rows, optimizers=(optimiser, None))
     trainer.remove_callback(PrinterCallback)
     metrics = Metrics(Path(config.output.dir) / "metrics.jsonl", lambda: trainer.tokens_seen, device)
     progress = Progress(console, config.log.progress, lambda: trainer.tokens_seen, device)
     interrupt = Interrupt(console.print)
-    own = [Adapters(), metrics, progress, interrupt]
+    callbacks = [Adapters(), metrics, progress, interrupt]
     if config.eval.patience and best:
-        own.append(EarlyStoppingCallback(config.eval.patience))
-    for callback in own:
+        callbacks.append(EarlyStoppingCallback(config.eval.patience))
+    for callback in callbacks:
         trainer.add_callback(callback)
     return trainer, progress, interrupt
 
