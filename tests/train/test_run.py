@@ -276,6 +276,9 @@ def test_a_quantised_base_trains_also_after_it_was_evaluated(base, facts, tmp_pa
         "{method: oft}",
         "{method: adalora}",
         "{method: lora, init_lora_weights: pissa}",
+        "{method: lora, init_lora_weights: eva, target_modules: [q_proj, v_proj], r: 4}",
+        "{method: lora, init_lora_weights: lora_ga, r: 4}",
+        "{method: lora, init_lora_weights: corda, r: 4}",
         "{method: deft}",
     ],
 )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 import veneer as library
 import veneer.methods  # fills the table of methods
 from veneer.core import registry
+from veneer.methods.lora_calibrate import NEEDS_DATA
 from veneer.train.document import Loc
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -167,6 +169,17 @@ def learning_rate(config: Any, hidden: int | None) -> float:
 def attach(model: nn.Module, config: Any) -> Any:
     """``model`` with a fresh adapter, named ``default``, to train."""
     return library.get_peft_model(model, config)
+
+
+def starts_from_data(config: Any) -> bool:
+    """Whether the adapter's start has to read batches first (EVA, CorDA, LoRA-GA)."""
+    how = getattr(config, "init_lora_weights", None)
+    return isinstance(how, str) and how.split("_niter_")[0] in NEEDS_DATA
+
+
+def start(model: Any, batches: Iterable[dict[str, Tensor]]) -> None:
+    """Give a fresh adapter the start that its settings ask for, from ``batches``."""
+    library.initialize(model, batches, show_progress_bar=False)
 
 
 def load(model: nn.Module, folder: str | Path, trainable: bool = False) -> Any:

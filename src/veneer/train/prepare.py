@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import math
 import os
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from transformers import set_seed
 
 from veneer.train import adapters, data, models, packing
@@ -156,9 +158,18 @@ def build(prepared: Prepared) -> Any:
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = adapters.attach(model, copy.deepcopy(prepared.adapter))
+    if adapters.starts_from_data(prepared.adapter):
+        adapters.start(model, _batches(prepared))
     if not counts(model)[0]:
         raise ValueError("Nothing would train: the adapter has 0 trainable parameters on this model.")
     return model
+
+
+def _batches(prepared: Prepared) -> list[dict[str, Tensor]]:
+    """Training batches in an order of the seed's, for starts that read data; at most 256 of them."""
+    rows, size = list(prepared.train.rows), prepared.config.train.batch_size
+    random.Random(prepared.config.train.seed).shuffle(rows)
+    return [prepared.collate(rows[i : i + size]) for i in range(0, min(len(rows), 256 * size), size)]
 
 
 def counts(model: Any) -> tuple[int, int]:
