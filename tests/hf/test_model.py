@@ -301,3 +301,18 @@ def test_unbuilt_or_unknown_options_are_named() -> None:
         get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", megatron_config={"a": 1}))
     with pytest.raises(ValueError, match="init_lora_weights 'pizza'"):
         get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pizza"))
+
+
+def test_adapters_combine_into_a_new_one_by_the_name_people_know() -> None:
+    model = get_peft_model(llama(), LoraConfig(**options(task_type="CAUSAL_LM", use_rslora=True)))
+    model.add_adapter("b", LoraConfig(**options(task_type="CAUSAL_LM", r=2)))
+    stir(model)
+    twin = copy.deepcopy(model).eval()
+    errors = model.add_weighted_adapter(["default", "b"], [0.7, -0.3], "mix", combination_type="cat")
+    assert set(errors.values()) == {0.0}
+    model.eval().set_adapter("mix")
+    twin.base_model.set_adapter(["default", "b"])
+    twin.base_model.state.gains = {"default": 0.7, "b": -0.3}
+    assert torch.allclose(logits(model), logits(twin), atol=1e-5)
+    with pytest.raises(ValueError, match="mix"):
+        model.add_weighted_adapter(["default"], [1.0], "mix")

@@ -12,6 +12,7 @@ from torch import nn
 from veneer.core import registry
 from veneer.core.config import PeftConfig
 from veneer.core.sites import Site
+from veneer.engine.combine import add_weighted_adapter
 from veneer.engine.targets import ALL_LINEAR, walk
 from veneer.engine.tuner import Tuner
 from veneer.hf.architectures import default_targets, present
@@ -148,6 +149,31 @@ class PeftTuner(Tuner):
         for mark in ("peft_config", "_hf_peft_config_loaded"):
             model.__dict__.pop(mark, None)
         return model
+
+    # ---- algebra and training ---------------------------------------------------------------------------------------
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        **options: Any,
+    ) -> dict[str, float]:
+        """Add a plain LoRA that combines others; see ``veneer.engine.combine`` for types and options.
+
+        Returns:
+            layer -> the relative error that the result's rank costs there.
+
+        Raises:
+            ValueError: members that cannot be combined, an unknown type, or a name that is taken.
+        """
+        for ignored in ("svd_full_matrices", "svd_driver"):  # the sum's factors decide; no dense SVD is made
+            options.pop(ignored, None)
+        return add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """``after_step`` under AdaLoRA's name: call it after ``optimizer.step()``, before gradients are cleared."""
+        self.after_step(global_step)
 
     def get_model_config(self, model: nn.Module) -> dict[str, Any]:
         config = getattr(model, "config", {"model_type": "custom"})
