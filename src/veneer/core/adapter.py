@@ -37,6 +37,8 @@ class Adapter(nn.Module):
     """Its tensors stay in the layer's own dtype (copies of the layer's parameters)."""
     whole_modules: ClassVar[bool] = False
     """The method takes its targets as whole modules, whatever their kind."""
+    reads_call: ClassVar[bool] = False
+    """``forward`` takes ``call=(args, kwargs)`` too: what the layer was called with besides its input."""
     wants: ClassVar[frozenset[str]] = frozenset()
     """Names of the model's inputs (``attention_mask``, ``task_ids``, ...) that ``site.inputs`` is to hold."""
     fixed: frozenset[str] = frozenset()
@@ -53,6 +55,11 @@ class Adapter(nn.Module):
     if TYPE_CHECKING:  # a torch module's attributes are whatever was set
 
         def __getattr__(self, name: str) -> Any: ...
+
+    @classmethod
+    def among(cls, config: Any, sites: list[Site]) -> list[Site]:
+        """Which of the sites that the config's words match are adapted; default: all."""
+        return sites
 
     @classmethod
     def plan(cls, config: Any, sites: Sequence[Site]) -> nn.Module | None:

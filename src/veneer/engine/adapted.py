@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -176,7 +177,8 @@ class Adapted(nn.Module):
             elif (new := adapter.overrides()) is not None:
                 layer = self._overridden(new, args, kwargs or {})
             else:
-                layer = _stand_around(adapter, layer, self._gain(name))
+                around = functools.partial(adapter, call=(args, kwargs or {})) if adapter.reads_call else adapter
+                layer = _stand_around(around, layer, self._gain(name))
         return layer
 
     def _overridden(self, new: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Base:

@@ -68,7 +68,7 @@ def _sites(model: nn.Module, config: PeftConfig, build: type[Adapter], only: set
         found += here or [OpaqueSite(target.path, target.module)]
     if not found:
         raise ValueError(f"No layer of {type(model).__name__} was left to adapt.")
-    return found
+    return build.among(config, found)
 
 
 def _auxiliary(model: nn.Module, config: PeftConfig, own: Sequence[Site], inputs: dict[str, Any]) -> Pairs:

@@ -78,6 +78,11 @@ class Tuner(nn.Module):
             for site, adapter in drawn.pairs:
                 blueprint.placed(adapter, site, device, autocast_adapter_dtype and not adapter.keeps_dtype)
                 adapter.ready()
+        merged = {host.site.path: host for host in self._merged_hosts}
+        for site, _ in drawn.pairs:
+            if site.path in merged:
+                names = ", ".join(merged[site.path].merged_names)
+                raise ValueError(f"'{site.path}' is merged ({names}); unmerge before adding an adapter there.")
         self._freeze_base()
 
         def placed(module: nn.Module, at: Any) -> Any:
@@ -124,10 +129,6 @@ class Tuner(nn.Module):
         else:
             host = self._wrapped(current, site)
             self._set_child(parent, leaf, host)
-        if host.merged_names:
-            raise ValueError(
-                f"'{site.path}' is merged ({', '.join(host.merged_names)}); unmerge before adding an adapter."
-            )
         adapter.site = host.site if adapter.site is site else adapter.site
         adapter.train(host.training)
         host.adapters[name] = adapter
@@ -444,7 +445,8 @@ class Tuner(nn.Module):
                     continue
                 adapter = host.adapters[name]
                 if not adapter.mergeable and adapter.replacement() is None:
-                    adapter.merged(host.site.weight, host.site.bias)  # says why it refuses
+                    weight = torch.empty(0) if host.site.kind == "opaque" else host.site.weight
+                    adapter.merged(weight, host.site.bias)  # says why it refuses
         done: list[tuple[Adapted, tuple[str, ...]]] = []
         try:
             for host in todo:

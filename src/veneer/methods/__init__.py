@@ -2,6 +2,7 @@
 
 from veneer.methods import adalora as adalora
 from veneer.methods import adamss as adamss
+from veneer.methods import adaption_prompt as adaption_prompt
 from veneer.methods import alora as alora
 from veneer.methods import bdlora as bdlora
 from veneer.methods import beft as beft
