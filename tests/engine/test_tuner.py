@@ -267,3 +267,14 @@ def test_meta_adapters_are_filled_by_a_load() -> None:
     checkpoint.put(other, "x", tensors)
     other.set_active("x")
     assert torch.equal(other.eval()(IDS), y)
+
+
+def test_adding_to_a_merged_layer_is_refused_before_anything_changes() -> None:
+    tuner, _ = made()
+    tuner.merge()
+    y = tuner(IDS)
+    with pytest.raises(ValueError, match=r"mlp\.0' is merged"):
+        tuner.add("b", config())
+    assert list(tuner.configs) == ["default"] and torch.equal(tuner(IDS), y)
+    tuner.add("b", config(target_modules=["subhead"]))
+    assert torch.equal(tuner(IDS), y)
