@@ -13,6 +13,7 @@ from laws.kinds import Chain
 from parity import near, ours
 from veneer import BOFTConfig, HRAConfig, OFTConfig, PsoftConfig, RoadConfig
 from veneer.core.config import LayerConfig
+from veneer.engine import checkpoint
 from veneer.engine.tuner import Tuner
 from veneer.ops.rotation import cayley, nearest_divisor, neumann, reflections, skew
 
@@ -247,6 +248,16 @@ def test_psoft_is_its_formula_and_keeps_the_singular_values() -> None:
     tuner.merge()
     assert not torch.allclose(layer.weight, w, atol=1e-3)
     assert torch.allclose(torch.linalg.svdvals(layer.weight), s.double(), atol=1e-5)
+
+
+def test_psoft_made_empty_and_filled_from_a_file_knows_its_frame() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(9, 6), torch.randn(4, 9)
+    tuner, empty = ours(Chain(None, layer), at(PsoftConfig, r=3)), Tuner(Chain(None, layer))
+    empty.add("default", at(PsoftConfig, r=3), device="meta")
+    assert checkpoint.put(empty, "default", checkpoint.tensors(tuner, "default")).clean
+    empty.set_active("default")
+    assert near(empty(x), tuner(x), 1e-6)
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from golden.bases import build
 from laws.kinds import Chain
 from parity import both_ways, near, needs_peer, ours
 from veneer import TrainableTokensConfig
+from veneer.engine import checkpoint
+from veneer.engine.tuner import Tuner
 
 IDS = torch.arange(12).view(3, 4)
 
@@ -97,6 +99,15 @@ def test_files_of_a_tied_model_both_ways(tmp_path: Path) -> None:
     both_ways(
         base, peft.TrainableTokensConfig(**settings), TrainableTokensConfig(**settings), {"input_ids": IDS}, tmp_path
     )
+
+
+def test_an_adapter_made_empty_and_filled_from_a_file_knows_its_rows() -> None:
+    tuner = ours(tied(), tokens(2, 5, target_modules=["embed"]))
+    empty = Tuner(tied())
+    empty.add("default", tokens(2, 5, target_modules=["embed"]), device="meta")
+    assert checkpoint.put(empty, "default", checkpoint.tensors(tuner, "default")).clean
+    empty.set_active("default")
+    assert torch.equal(empty(IDS), tuner(IDS))
 
 
 @pytest.mark.parametrize("bad", [[1, 1], [12], [-1]])

@@ -86,9 +86,17 @@ class Psoft(Additive):
         parts |= {"vector_b": torch.ones(r)} if config.psoft_mag_b else {}
         parts |= {"vector_a": torch.ones(r)} if config.psoft_mag_a else {}
         self.psoft_R = nn.ParameterDict({name: part for name, part in parts.items() if part.numel()})
-        a, b = principal(site.weight.detach().flatten(1), config, self.scaling)
+        self.config = config
+        self._frame()
+
+    def _frame(self) -> None:
+        a, b = principal(self.site.weight.detach().flatten(1), self.config, self.scaling)
         self.register_buffer("A", a, persistent=False)  # (r, in)
         self.register_buffer("B", b, persistent=False)  # (out, r)
+
+    def ready(self) -> None:
+        if self.A.is_meta and not self.site.stored.is_meta:  # left empty until a file is read, which does not hold it
+            self._frame()
 
     def incoming(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {key: value for key, value in tensors.items() if value.numel()}

@@ -62,10 +62,19 @@ class TrainableTokens(Adapter):
         table = site.weight.T if embedding else site.weight
         rows = table.detach()[list(indices)].clone().contiguous()
         self.trainable_tokens_delta = nn.Parameter(rows if copy_rows else torch.randn_like(rows))
-        place = torch.full((count,), -1)
-        place[list(indices)] = torch.arange(len(indices))
+        self.rows, self.count = tuple(indices), count
+        self._index(torch.device("cpu"))
+
+    def _index(self, device: torch.device) -> None:
+        indices = torch.tensor(self.rows, device=device)
+        place = torch.full((self.count,), -1, device=device)  # row -> its place in theta, or -1
+        place[indices] = torch.arange(len(indices), device=device)
         self.register_buffer("place", place, persistent=False)
-        self.register_buffer("indices", torch.tensor(list(indices)), persistent=False)
+        self.register_buffer("indices", indices, persistent=False)
+
+    def ready(self) -> None:
+        if self.place.is_meta and not self.site.stored.is_meta:  # left empty until a file is read: it has no index
+            self._index(self.site.device)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
@@ -92,6 +101,9 @@ class TiedTokens(TrainableTokens):
     def __init__(self, site: Site, leader: Any):
         Adapter.__init__(self, site, None)
         object.__setattr__(self, "leader", leader)
+
+    def ready(self) -> None:
+        """Nothing of its own to make."""
 
     def __getattr__(self, name: str) -> Any:
         if name in ("trainable_tokens_delta", "place", "indices"):
