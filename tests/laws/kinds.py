@@ -97,6 +97,10 @@ KINDS = {
             "parameter", lambda: Chain(nn.Linear(8, 8), nn.Linear(8, 16)), _floats(4, 8),
             {"target_modules": [], "target_parameters": ["layer.weight"]},
         ),
+        Kind(
+            "block", lambda: Chain(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))),
+            _floats(4, 3, 8), LAYER,
+        ),
     ]
 }  # fmt: skip
 """Layer kind -> how to make it. ``layernorm`` and whole modules are covered by the methods that target them."""
@@ -104,4 +108,4 @@ KINDS = {
 LINEAR = frozenset({"linear", "linear_no_bias", "conv1d_hf"})
 CONV = frozenset({"conv1d", "conv2d", "conv2d_odd", "conv2d_1x1", "conv2d_grouped", "conv3d"})
 WEIGHTS = frozenset({"mha", "experts", "parameter"})
-ALL = frozenset(KINDS)
+ALL = frozenset(KINDS) - {"block"}

@@ -183,9 +183,12 @@ class PeftTuner(Tuner):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model" or name.startswith("__"):
+            if name in ("model", "shared", "roots") or name.startswith("__"):
                 raise
-            return getattr(self.model, name)
+        for root in self.roots.values():
+            if name in root.public:
+                return getattr(root, name)
+        return getattr(self.model, name)
 
 
 def names_of(model: nn.Module, paths: list[str]) -> set[str]:
@@ -209,7 +212,8 @@ def fill_defaults(model: nn.Module, config: Any) -> None:
     if getattr(config, "target_parameters", None):
         return
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    found = default_targets(str(config.peft_type), model_type) if model_type else None
+    known = config.places if hasattr(config, "places") else functools.partial(default_targets, str(config.peft_type))
+    found = known(model_type) if model_type else None
     if found is None:
         raise ValueError(
             f"Please specify target_modules: there is no default for {config.peft_type} on the model type "

@@ -9,8 +9,10 @@ from veneer.methods import beft as beft
 from veneer.methods import bias as bias
 from veneer.methods import bitfit as bitfit
 from veneer.methods import boft as boft
+from veneer.methods import bottleneck as bottleneck
 from veneer.methods import c3a as c3a
 from veneer.methods import cartridge as cartridge
+from veneer.methods import compacter as compacter
 from veneer.methods import cpt as cpt
 from veneer.methods import deft as deft
 from veneer.methods import delora as delora
@@ -45,6 +47,7 @@ from veneer.methods import psoft as psoft
 from veneer.methods import pvera as pvera
 from veneer.methods import qalora as qalora
 from veneer.methods import randlora as randlora
+from veneer.methods import reft as reft
 from veneer.methods import road as road
 from veneer.methods import saved as saved
 from veneer.methods import shira as shira
@@ -56,3 +59,4 @@ from veneer.methods import vblora as vblora
 from veneer.methods import velora as velora
 from veneer.methods import vera as vera
 from veneer.methods import waveft as waveft
+from veneer.methods import xlora as xlora
