@@ -57,7 +57,7 @@ class Site:
     @property
     def stored(self) -> Tensor:
         """The weight as the layer stores it (packed, turned, sharded)."""
-        return self.module.weight
+        return quant.stored(self.module)
 
     @property
     def weight(self) -> Tensor:
@@ -103,11 +103,17 @@ class Site:
     def _stored_form(self, weight: Tensor) -> Tensor:
         return weight
 
-    def swap(self, weight: Tensor, bias: Tensor | None) -> Parameters:
+    def swap(self, weight: Tensor, bias: Tensor | None, dense: bool = False) -> Parameters:
         """Put in new parameters holding ``weight`` and ``bias``; returns the old objects for ``put``.
 
+        Args:
+            weight: (out, in, *kernel).
+            bias: (out,), or None.
+            dense: as a float parameter, even where the layer's own form is a packed one.
+
         Raises:
-            ValueError: the layer's tensors are parked elsewhere and would overwrite the new ones at the next call.
+            ValueError: the layer's tensors are parked elsewhere and would overwrite the new ones at the next call, or
+                its packed form cannot be made.
         """
         if quant.offloaded(self.module) is not None:
             raise ValueError(
@@ -115,13 +121,15 @@ class Site:
                 "offloading to merge."
             )
         name, bias_name = self._names()
-        new: Parameters = quant.packed(self.module, name, self._stored_form(weight))
+        form = self._stored_form(weight)
+        new = {name: nn.Parameter(form, requires_grad=False)} if dense else quant.packed(self.module, name, form)
         if bias_name is not None or bias is not None:
             new[bias_name or "bias"] = None if bias is None else nn.Parameter(bias, requires_grad=False)
         return self.put(new)
 
     def put(self, parameters: Parameters) -> Parameters:
         """Put the given parameter objects in; returns the ones that were there."""
+        quant.released(self.module)
         old: Parameters = {}
         for name, value in parameters.items():
             owner, leaf = self._owner(name)
@@ -241,6 +249,14 @@ class EmbeddingSite(Site):
     def _stored_form(self, weight: Tensor) -> Tensor:
         return weight.T.contiguous()
 
+    def swap(self, weight: Tensor, bias: Tensor | None) -> Parameters:
+        if self.module.max_norm is not None:
+            raise ValueError(
+                f"'{self.path}' bounds the norm of its rows at each call (max_norm), which would change a merged weight; "
+                "keep the adapter unmerged."
+            )
+        return super().swap(weight, bias)
+
     @property
     def scale(self) -> Tensor | float:
         scale = getattr(self.module, "embed_scale", None)
@@ -269,6 +285,11 @@ class WeightSite(Site):
         super().__init__(path, module)
         self.parameter, self.bias_name, self.below = parameter, bias, below
         shape = self.stored.shape
+        if not self.stored.is_floating_point() or quant.backend(module) is not None and parameter == "weight":
+            raise ValueError(
+                f"Parameter '{parameter}' of '{path}' is packed ({self.stored.dtype}); name the layer in target_modules "
+                "instead."
+            )
         if len(shape) not in (2, 3):
             raise ValueError(
                 f"Parameter '{parameter}' of '{path}' has shape {tuple(shape)}; only 2-D matrices and 3-D stacks "
@@ -426,8 +447,8 @@ def sites_for(path: str, module: nn.Module, parameter: str | None = None, fan_in
         return [ConvSite(path, module)]
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return [Conv1DSite(path, module)]
-    if isinstance(module, nn.Linear):
-        return [LinearSite(path, module, turned=fan_in_fan_out)]
-    if hasattr(module, "in_features") and hasattr(module, "out_features") and not isinstance(module, nn.Bilinear):
-        return [LinearSite(path, module, turned=fan_in_fan_out)]
+    if isinstance(module, nn.Linear) or (
+        hasattr(module, "in_features") and hasattr(module, "out_features") and not isinstance(module, nn.Bilinear)
+    ):
+        return [LinearSite(path, module, turned=fan_in_fan_out and quant.backend(module) is None)]
     return []
