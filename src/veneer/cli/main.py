@@ -60,6 +60,7 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; what goes wrong is one red sentence and an exit code: 1, or 2 for wrong settings."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait slow a shared machine down
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words or bool(os.environ.get("VENEER_DEBUG"))
     words = [word for word in words if word != "--debug"]
