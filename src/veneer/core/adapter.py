@@ -220,7 +220,11 @@ class Additive(Adapter):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
-        return y + self.delta(x.to(self.dtype) if x.is_floating_point() else x).to(y.dtype)
+        return y + self.change(x).to(y.dtype)
+
+    def change(self, x: Tensor) -> Tensor:
+        """``delta`` of an input of any dtype, in this adapter's own."""
+        return self.delta(x.to(self.dtype) if x.is_floating_point() else x)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> Weight:
         change = self.delta_bias()

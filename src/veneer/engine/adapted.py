@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from veneer.core.adapter import Adapter, Base, Reweight, Weight
+from veneer.core import quant
+from veneer.core.adapter import Adapter, Additive, Base, Reweight, Weight
 from veneer.core.sites import Parameters, Site
 from veneer.engine.lowrank_path import LowRankPath, path
+from veneer.engine.packed_merge import DEQUANTIZE, REQUANTIZE, Loss, Way
 
 BASE = "__base__"
 """In a mixed batch: the name of rows that no adapter touches."""
@@ -26,7 +28,8 @@ class State:
 
     active: tuple[str, ...] = ()
     enabled: bool = True
-    gains: dict[str, float | Tensor] = field(default_factory=dict)
+    gains: dict[str, Any] = field(default_factory=dict)
+    """How much of an adapter: a number, a tensor that broadcasts to a layer's output, or a dict path -> tensor."""
     route: tuple[str, ...] | None = None
     version: int = 0
     """Counts the changes after which a wrapper must decide anew how to run."""
@@ -118,7 +121,7 @@ class Adapted(nn.Module):
         self.adapters: Any = nn.ModuleDict()  # name -> Adapter
         self.site, self.state = site, state
         self.gains: dict[str, float | Tensor] = {}
-        self.original: Parameters | None = None
+        self.original: Parameters | tuple[nn.Module] | None = None
         self.lent: Parameters | None = None
         self.guest: Parameters | None = None
         self.merged_names: tuple[str, ...] = ()
@@ -191,6 +194,7 @@ class Adapted(nn.Module):
 
     def _gain(self, name: str) -> float | Tensor | None:
         gain, here = self.state.gains.get(name), self.gains.get(name)
+        gain = gain.get(self.site.path) if isinstance(gain, dict) else gain
         if gain is None or here is None:
             return here if gain is None else gain
         return gain * here
@@ -203,9 +207,9 @@ class Adapted(nn.Module):
             return lambda h: self.site(h, weight, bias, *args, **kwargs)
         return self._overridden(self.site.replaced(weight, bias), args, kwargs)
 
-    def _fold(self, inside: Iterable[tuple[str, Adapter]]) -> Weight:
-        """``merged`` of each adapter over the layer's own (W, b), in the adapters' dtype (at least float32)."""
-        weight, bias = self.site.weight, self._inner_bias()
+    def _fold(self, inside: Iterable[tuple[str, Adapter]], weight: Tensor | None = None) -> Weight:
+        """``merged`` of each adapter over (W, b), in the adapters' dtype (at least float32); W: the layer's own."""
+        weight, bias = self.site.weight if weight is None else weight, self._inner_bias()
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
         for name, adapter in inside:
@@ -254,15 +258,30 @@ class Adapted(nn.Module):
         return y
 
     # ---- merging ----------------------------------------------------------------------------------------------------
-    def fold_in(self, names: Iterable[str], check: bool = True, keep: torch.device | str | None = None) -> None:
+    def fold_in(
+        self,
+        names: Iterable[str],
+        check: bool = True,
+        keep: torch.device | str | None = None,
+        way: Way = DEQUANTIZE,
+    ) -> Loss | None:
         """Fold the named adapters into new parameters and put those in; the old objects are kept for ``fold_out``.
+
+        Args:
+            names: adapters.
+            check: refuse a result that is not finite.
+            keep: device that holds the old objects meanwhile.
+            way: what a packed layer becomes.
+
+        Returns:
+            For a packed layer: what storing the sum costs there.
 
         Raises:
             ValueError: an adapter cannot be merged here, or the result is not finite.
         """
         names = [n for n in names if n in self.adapters]
         if not names:
-            return
+            return None
         before = self.merged_names
         self.fold_out()  # what was merged before is folded again together with the new ones
         names = [*before, *(n for n in names if n not in before)]
@@ -271,35 +290,81 @@ class Adapted(nn.Module):
             self.original = self.site.put({k: nn.Parameter(v.detach().clone(), False) for k, v in overrides.items()})
             self.merged_names = tuple(names)
             self.state.changed()
-            return
-        ordered = sorted(names, key=lambda n: not isinstance(self.adapters[n], Reweight))
+            return None
+        ordered = [(n, self.adapters[n]) for n in sorted(names, key=lambda n: not isinstance(self.adapters[n], Reweight))]
+        row = quant.backend(self.site.module)
         with torch.no_grad():
-            weight, bias = self._fold((n, self.adapters[n]) for n in ordered)
+            weight, bias = self._fold(ordered)
+            exact = weight
+            if row is not None and not isinstance(way, str):
+                weight, bias = self._fold(ordered, self._given(way, ordered))
         dtype = self.site.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if check and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
-            self.fold_in(before, check=False, keep=keep)
+            self.fold_in(before, check=False, keep=keep, way=way)
             raise ValueError(
                 f"Merging {', '.join(names)} into '{self.site.path}' gives values that are not finite; "
                 "nothing was merged."
             )
-        self.original = self.site.swap(weight, bias)
+        loss = None
+        if row is None:
+            self.original = self.site.swap(weight, bias)
+        else:
+            loss = self._settle_packed(row, exact, weight, bias, way)
         self.merged_names = tuple(names)
         self.state.changed()
         if keep is not None:
-            for parameter in self.original.values():
-                if parameter is not None:
-                    parameter.data = parameter.data.to(keep)
+            _moved(self.original, torch.device(keep))
+        return loss
+
+    def _given(self, way: Mapping[str, Tensor], own: list[tuple[str, Adapter]]) -> Tensor:
+        """The original weight of this layer, as its site shows weights."""
+        path, shape = self.site.path, self.site.shape
+        moved = [name for name, adapter in own if adapter.residual is not None]
+        if moved:
+            raise ValueError(
+                f"Adapter '{moved[0]}' replaced the base weight of '{path}' at its start, so its sum with the original "
+                "weight means nothing; merge with quantized='dequantize'."
+            )
+        if path not in way:
+            raise ValueError(f"The original weights hold none for '{path}'.")
+        weight = self.site._stored_form(way[path])
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"The original weight of '{path}' has shape {tuple(weight.shape)}, not {shape}.")
+        return weight.to(self.site.device)
+
+    def _settle_packed(self, row: quant.Backend, exact: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Loss:
+        """Put a sum into a packed layer's place, and measure what is left of it."""
+        site, before = self.site, self.site.weight.to(exact)
+        if way == REQUANTIZE:
+            self.original = site.swap(weight, bias)
+        elif row.plain:
+            self.original = site.swap(weight, bias, dense=True)
+        else:
+            self.original = self.exchange((quant.dense_layer(site.module, weight, bias),))
+        return Loss.between(site.weight.to(exact), exact, before)
+
+    def exchange(self, original: Parameters | tuple[nn.Module]) -> Parameters | tuple[nn.Module]:
+        """Put a layer's parameters, or a layer, in its place; returns what was there."""
+        if isinstance(original, dict):
+            return self.site.put(original)
+        *_, innermost = hosts(self)
+        old, innermost.base_layer = innermost.base_layer, original[0]
+        self.sync()
+        return (old,)
+
+    def sync(self) -> None:
+        """Have the site show the layer that runs now: a dense one may stand in for a packed one."""
+        *_, innermost = hosts(self)
+        self.site.module = innermost.base_layer
 
     def fold_out(self) -> None:
         """Put the very parameter objects back that were there before ``fold_in``."""
         if self.original is None:
             return
-        now = self.site.put(self.original)
-        for name, old in self.original.items():
-            new = now.get(name)
-            if old is not None and new is not None and old.device != new.device:
-                old.data = old.data.to(new.device)
+        self.sync()
+        _moved(self.original, self.site.device)
+        self.exchange(self.original)
         self.original, self.merged_names = None, ()
         self.state.changed()
 
@@ -341,14 +406,27 @@ class Adapted(nn.Module):
         return found if found else getattr(self.base_layer, name)
 
 
+def _moved(original: Parameters | tuple[nn.Module] | None, device: torch.device) -> None:
+    if isinstance(original, tuple):
+        original[0].to(device)
+    for parameter in (original or {}).values() if not isinstance(original, tuple) else ():
+        if parameter is not None and parameter.device != device:
+            parameter.data = parameter.data.to(device)
+
+
 def _stand_around(adapter: Adapter, layer: Base, gain: float | Tensor | None) -> Base:
     if gain is None:
         return lambda h: adapter(h, layer)
 
     def scaled(h: Tensor) -> Tensor:
         y = layer(h)
-        g = gain if not isinstance(gain, Tensor) else gain.to(y.dtype)
-        return y + g * (adapter(h, _known(layer, h, y)) - y)
+        g = gain
+        if isinstance(g, Tensor):
+            g = g if g.dim() < 3 or g.shape[1] <= y.shape[1] else g[:, -y.shape[1] :]  # a head sees the last tokens
+            g = g.to(y.device)
+        if isinstance(adapter, Additive) and type(adapter).forward is Additive.forward:
+            return y + (g * adapter.change(h)).to(y.dtype)
+        return y + (g * (adapter(h, _known(layer, h, y)) - y)).to(y.dtype)
 
     return scaled
 

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from veneer.core import registry
 from veneer.core.adapter import Adapter
 from veneer.core.config import PeftConfig
+from veneer.core.root import Root
 from veneer.core.sites import Site
-from veneer.engine import blueprint
+from veneer.engine import blueprint, root
 from veneer.engine.adapted import BASE, Adapted, State, hosts
+from veneer.engine.packed_merge import Loss, MergeReport, Way, chosen_way
 
 
 class Tuner(nn.Module):
@@ -45,6 +47,7 @@ class Tuner(nn.Module):
         self._merged_hosts: list[Adapted] = []
         self._wanted: frozenset[str] = frozenset()
         self._hook: Any = None
+        self._root_hook: Any = None
         self._split_hosts: list[Adapted] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -74,7 +77,11 @@ class Tuner(nn.Module):
         """
         self._check_name(name)
         with self.disabled():  # a start reads the base's own weights
-            drawn = blueprint.draw(self.model, config, self.inputs, only)
+            build = registry.of(str(config.peft_type)).build
+            if issubclass(build, Root):
+                drawn = root.draw(self, build, config)
+            else:
+                drawn = blueprint.draw(self.model, config, self.inputs, only)
             for site, adapter in drawn.pairs:
                 blueprint.placed(adapter, site, device, autocast_adapter_dtype and not adapter.keeps_dtype)
                 adapter.ready()
@@ -91,14 +98,26 @@ class Tuner(nn.Module):
         if drawn.prompt is not None:
             self.prompts[name] = placed(drawn.prompt, drawn.prompt)
         if drawn.shared is not None:
-            self.shared[name] = placed(drawn.shared, drawn.own[0])
+            self.shared[name] = placed(drawn.shared, drawn.own[0] if drawn.own else drawn.shared)
         self._hosts[name] = []
         for site, adapter in drawn.pairs:
             self._plant(name, site, adapter)
         self.configs[name] = config
         self._train(name, False)
+        if name in self.roots and not self.roots[name].trains_members:
+            self.freeze(*self.roots[name].members)
         self._watch()
         return drawn.own
+
+    @property
+    def roots(self) -> dict[str, Root]:
+        """The adapters that stand at the whole model and govern others."""
+        return {name: module for name, module in self.shared.items() if isinstance(module, Root)}
+
+    def _free(self, name: str) -> None:
+        for governor, module in self.roots.items():
+            if name in module.members:
+                raise ValueError(f"'{governor}' mixes the adapter '{name}'; delete '{governor}' first.")
 
     def _watch(self) -> None:
         """Keep one hook on the model that copies the inputs adapters ask for, as long as any does."""
@@ -111,6 +130,14 @@ class Tuner(nn.Module):
         elif not wanted and self._hook is not None:
             self._hook.remove()
             self._hook = None
+        if self.roots and self._root_hook is None:
+            self._root_hook = self.model.register_forward_pre_hook(self._ask_root, with_kwargs=True)
+        elif not self.roots and self._root_hook is not None:
+            self._root_hook.remove()
+            self._root_hook = None
+
+    def _ask_root(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        root.prepare(self, model, args, kwargs)
 
     def _take_inputs(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         accepted = inspect.signature(model.forward).parameters
@@ -187,9 +214,14 @@ class Tuner(nn.Module):
             ValueError: no such adapter.
         """
         self._require(name)
+        self._free(name)
+        leaving = {name, *(self.roots[name].members if name in self.roots else ())}
+        for member in leaving:
+            self.state.gains.pop(member, None)
+        self._frozen -= leaving
         if any(name in host.merged_names for host in self._hosts[name]):
             self.unmerge()
-        active = tuple(n for n in self.state.active if n != name)
+        active = tuple(n for n in self.state.active if n not in leaving)
         if active != self.state.active:
             self.state.active = active
             self._settle()
@@ -226,6 +258,7 @@ class Tuner(nn.Module):
             ValueError: no such adapter, or the new name is bad or taken.
         """
         self._require(old)
+        self._free(old)
         self._check_name(new)
         self.state.changed()
         for host in self._hosts[old]:
@@ -246,20 +279,28 @@ class Tuner(nn.Module):
                 mapping[new] = mapping.pop(old)
         self.state.active = tuple(new if n == old else n for n in self.state.active)
 
-    def unload(self, *, merge: bool = False, names: Sequence[str] | None = None, check: bool = True) -> nn.Module:
+    def unload(
+        self,
+        *,
+        merge: bool = False,
+        names: Sequence[str] | None = None,
+        check: bool = True,
+        quantized: Way | None = None,
+    ) -> nn.Module:
         """The base model with its own modules back in place, and nothing of this tuner left on it.
 
         Args:
             merge: leave the named (default: the active) adapters' effect in the weights.
             names: which adapters to merge.
             check: refuse a merge that is not finite.
+            quantized: what a merge makes of packed layers; see ``merge``.
 
         Raises:
             ValueError: an adapter cannot be merged; the model is as it was then.
         """
         chosen = tuple(names) if names is not None else self.state.active
         if merge:
-            self.merge(*chosen, check=check)
+            self.merge(*chosen, check=check, quantized=quantized)
         else:
             self.unmerge()
             self.state.active = ()
@@ -329,7 +370,10 @@ class Tuner(nn.Module):
             warnings.warn("Adapters cannot be switched while merged: unmerging first.", stacklevel=2)
             self.unmerge()
         before = self.state.active
-        self.state.active = tuple(dict.fromkeys(names))
+        governed = [m for n in names if n in self.roots for m in self.roots[n].members]
+        if len([n for n in names if n in self.roots]) > 1:
+            raise ValueError(f"Of {', '.join(names)}, more than one weighs the others; make one of them active.")
+        self.state.active = tuple(dict.fromkeys([*names, *governed]))
         try:
             self._settle()
         except ValueError:
@@ -371,7 +415,9 @@ class Tuner(nn.Module):
         if enabled:
             self._settle()
         for host in self._merged_hosts if enabled else reversed(self._merged_hosts):
-            host.original = host.site.put(host.original or {})
+            host.sync()
+            host.original = host.exchange(host.original or {})
+        self._sync()
         if not enabled:
             self._settle()
 
@@ -422,22 +468,34 @@ class Tuner(nn.Module):
             self.state.send(names)
 
     # ---- merging ----------------------------------------------------------------------------------------------------
-    def merge(self, *names: str, check: bool = True, keep: torch.device | str | None = None) -> None:
+    def merge(
+        self, *names: str, check: bool = True, keep: torch.device | str | None = None, quantized: Way | None = None
+    ) -> MergeReport:
         """Fold adapters (default: the active ones) into new base parameters. All layers or none.
 
         Args:
             names: adapters, in the order in which they are folded.
             check: refuse results that are not finite.
             keep: device that holds the original parameters meanwhile; default: where they are.
+            quantized: what becomes of packed layers: "dequantize" (the default) makes them dense, "requantize" packs
+                the sum again, a mapping path -> weight (out, in) puts the sum with these original weights in.
+
+        Returns:
+            What was done at packed layers, with the measured error; also given as a warning where there are any.
 
         Raises:
             ValueError: an unknown name, an adapter whose effect is no weight, or a result that is not finite.
         """
+        way = chosen_way(quantized)
+        losses: dict[str, Loss] = {}
         chosen = names or self.state.active
         self._require(*chosen)
         prompts = [n for n in chosen if n in self.prompts]
         if prompts:
             raise ValueError(f"'{prompts[0]}' is a prompt, which has no weight to merge into.")
+        weighing = [n for n in chosen if n in self.roots]
+        if weighing:
+            raise ValueError(f"'{weighing[0]}' weighs its adapters by the input, so they cannot be merged with it.")
         todo = [h for h in self._all_hosts(innermost_first=True) if any(n in h.adapters for n in chosen)]
         for host in todo:
             for name in chosen:
@@ -453,20 +511,33 @@ class Tuner(nn.Module):
                 mergeable = [n for n in chosen if n in host.adapters and host.adapters[n].replacement() is None]
                 if mergeable:
                     before = host.merged_names
-                    host.fold_in(mergeable, check=check, keep=keep)
+                    host.sync()
+                    loss = host.fold_in(mergeable, check=check, keep=keep, way=way)
                     done.append((host, before))
+                    losses |= {host.site.path: loss} if loss is not None else {}
         except BaseException:
             for host, before in reversed(done):
                 host.fold_out()
-                host.fold_in(before, check=False, keep=keep)
+                host.fold_in(before, check=False, keep=keep, way=way)
+            self._sync()
             raise
         self._merged_hosts = [h for h in self._all_hosts(innermost_first=True) if h.merged_names]
+        self._sync()
+        report = MergeReport(tuple(chosen), way, losses)
+        if losses:
+            warnings.warn(str(report), stacklevel=2)
+        return report
 
     def unmerge(self) -> None:
         """Put the very parameter objects back that were there before ``merge``."""
         for host in reversed(self._merged_hosts):
             host.fold_out()
         self._merged_hosts = []
+        self._sync()
+
+    def _sync(self) -> None:
+        for host in self._all_hosts():
+            host.sync()
 
     @property
     def merged(self) -> tuple[str, ...]:

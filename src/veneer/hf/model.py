@@ -14,8 +14,10 @@ import torch
 from torch import nn
 
 import veneer.methods  # noqa: F401 - enters the methods into the registry
-from veneer.core.config import PeftConfig, TaskType
+from veneer.core import registry
+from veneer.core.config import CONFIG_NAME, PeftConfig, TaskType
 from veneer.core.prompt import Prompt
+from veneer.core.root import Root
 from veneer.engine import checkpoint
 from veneer.hf import card, hub, prompted_generation, prompts, status, ties
 from veneer.hf.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
@@ -73,6 +75,7 @@ class PeftModel(nn.Module):
     # ---- adapters ---------------------------------------------------------------------------------------------------
     def _add(self, name: str, config: Any, low_cpu_mem_usage: bool, autocast: bool) -> None:
         base = self.base_model.model
+        self._add_members(config)
         if config.task_type is None and config.auto_mapping is None:
             config.auto_mapping = {
                 "base_model_class": type(base).__name__,
@@ -95,6 +98,20 @@ class PeftModel(nn.Module):
         if planted is not config:
             vars(config).update({k: v for k, v in vars(planted).items() if k != "modules_to_save"})
             self.base_model.configs[name] = config
+
+    def _add_members(self, config: Any) -> None:
+        """Load the adapters that a mixture governs, where they are not here yet."""
+        build = registry.of(str(config.peft_type)).build
+        added: list[str] = []
+        try:
+            for member, folder in build.folders(config).items() if issubclass(build, Root) else ():
+                if member not in self.peft_config:
+                    self.load_adapter(folder, member, is_trainable=False)
+                    added.append(member)
+        except BaseException:
+            for member in added:
+                self.base_model.delete(member)
+            raise
 
     def add_adapter(
         self,
@@ -182,6 +199,8 @@ class PeftModel(nn.Module):
             prompt = self.active_prompt
             if prompt is not None:
                 return prompted_generation.generate(self, prompt, args, kwargs)
+            if any(name in self.base_model.roots for name in self.active_adapters):
+                kwargs["use_cache"] = False  # each call reads the whole text, see veneer.engine.root
             return self.base_model.model.generate(*args, **kwargs)
         finally:
             self.base_model.route(None)
@@ -330,6 +349,7 @@ class PeftModel(nn.Module):
         folder = hub.resolve(model_id, **_hub_arguments(kwargs))
         config = config if config is not None else PeftConfig.read(folder)
         config = copy.deepcopy(config)
+        _own_members(config, folder)
         config.inference_mode = not is_trainable
         if config.is_prompt_learning and is_trainable:
             config.inference_mode = False
@@ -374,6 +394,7 @@ class PeftModel(nn.Module):
         fresh = adapter_name not in self.peft_config
         if fresh:
             config = PeftConfig.read(folder)
+            _own_members(config, folder)
             config.inference_mode = not is_trainable
             self._add(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
         try:
@@ -422,6 +443,14 @@ class PeftModel(nn.Module):
             if name == "base_model" or name.startswith("__"):
                 raise
             return getattr(self.base_model, name)
+
+
+def _own_members(config: Any, folder: Path) -> None:
+    """Take a mixture's members from inside its own folder, where they were saved with it."""
+    if issubclass(registry.of(str(config.peft_type)).build, Root):
+        for name in config.adapters:
+            if (folder / name / CONFIG_NAME).is_file():
+                config.adapters[name] = str(folder / name)
 
 
 def _has(model: nn.Module, name: str) -> bool:

@@ -14,9 +14,11 @@ from veneer.core.config import PeftConfig
 from veneer.core.sites import Site
 from veneer.engine.combine import add_weighted_adapter
 from veneer.engine.targets import ALL_LINEAR, walk
+from veneer.engine.packed_merge import REQUANTIZE, MergeReport
 from veneer.engine.tuner import Tuner
 from veneer.hf.architectures import default_targets, present
 from veneer.hf.layer_face import PeftLayer
+from veneer.hf.quantised import dequantized, way_of
 from veneer.hf.replicate import Replication, check_agrees, ranges_of, replicate
 
 
@@ -131,19 +133,44 @@ class PeftTuner(Tuner):
 
     # ---- merging ----------------------------------------------------------------------------------------------------
     def merge_adapter(
-        self, adapter_names: Iterable[str] | None = None, safe_merge: bool = True, keep: Any = None
-    ) -> None:
-        """Merge in place; undone by ``unmerge_adapter``. ``keep="cpu"`` parks the original weights there meanwhile."""
-        self.merge(*(adapter_names or ()), check=safe_merge, keep=keep)
+        self,
+        adapter_names: Iterable[str] | None = None,
+        safe_merge: bool = True,
+        keep: Any = None,
+        quantized: Any = None,
+    ) -> MergeReport:
+        """Merge in place; undone by ``unmerge_adapter``. ``keep="cpu"`` parks the original weights there meanwhile.
+
+        ``quantized``: what becomes of packed layers, as in ``merge_and_unload``.
+        """
+        return self.merge(*(adapter_names or ()), check=safe_merge, keep=keep, quantized=way_of(self.model, quantized))
 
     def unmerge_adapter(self) -> None:
         self.unmerge()
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = True, adapter_names: Sequence[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = True,
+        adapter_names: Sequence[str] | None = None,
+        quantized: Any = None,
     ) -> nn.Module:
-        """The base model with the adapters' effect in its weights; see ``Tuner.unload``."""
-        return self._without_marks(self.unload(merge=True, names=adapter_names, check=safe_merge))
+        """The base model with the adapters' effect in its weights; see ``Tuner.unload``.
+
+        Args:
+            progressbar: ignored.
+            safe_merge: refuse a merge that is not finite.
+            adapter_names: which adapters; default: the active ones.
+            quantized: for a quantised base: "dequantize" (the default; the whole model is an ordinary one then),
+                "requantize" (its layers stay packed, and the sum is rounded), or the original weights: a folder of
+                safetensors or a mapping layer path -> (out, in), to which the change is added. What was done, and the
+                measured error, come as a warning.
+        """
+        way = way_of(self.model, quantized)
+        merged = self.unload(merge=True, names=adapter_names, check=safe_merge, quantized=way)
+        if way != REQUANTIZE:
+            merged = dequantized(merged, way)
+        return self._without_marks(merged)
 
     def _without_marks(self, model: nn.Module) -> nn.Module:
         for mark in ("peft_config", "_hf_peft_config_loaded"):

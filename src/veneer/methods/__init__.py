@@ -50,6 +50,7 @@ from veneer.methods import randlora as randlora
 from veneer.methods import reft as reft
 from veneer.methods import road as road
 from veneer.methods import saved as saved
+from veneer.methods import shadow as shadow
 from veneer.methods import shira as shira
 from veneer.methods import supertuning as supertuning
 from veneer.methods import tinylora as tinylora
