@@ -1,39 +1,35 @@
-"""Packed weight <-> dense weight: one row a back end, none of which a method ever names.
-
-A row says how to recognise a module, how to unpack its weight, and how to put a dense weight back.
-"""
+"""Packed weight <-> dense weight: one row a back end (``backends``), none of which a method ever names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Backend:
-    """How one library stores a weight."""
-
-    name: str
-    matches: Callable[[nn.Module], bool]
-    dense: Callable[[nn.Module], Tensor]
-    """module -> its weight, unpacked, in the module's own layout."""
-    packed: Callable[[nn.Module, Tensor], dict[str, nn.Parameter | None]]
-    """(module, dense weight) -> the parameters that store it."""
-    compute_dtype: Callable[[nn.Module], torch.dtype]
-
-
-BACKENDS: list[Backend] = []
+from veneer.core.backends import BACKENDS, Backend, Parameters
 
 
 def backend(module: nn.Module) -> Backend | None:
     """The row that stores this module's weight, or None for a plain float weight."""
+    if type(module) is nn.Linear and type(module.weight) is nn.Parameter:
+        return None
     for row in BACKENDS:
         if row.matches(module):
             return row
     return None
+
+
+def stored(module: nn.Module) -> Tensor:
+    """The tensor that holds the weight as the layer has it."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight
+    row = backend(module)
+    if row is None:
+        raise ValueError(f"A {type(module).__name__} has no weight, and no quantisation back end here knows it.")
+    return row.stored(module)
 
 
 def dense(module: nn.Module, stored: Tensor) -> Tensor:
@@ -64,12 +60,37 @@ def execution_device(module: nn.Module, stored: Tensor) -> torch.device:
     return stored.device if device is None or stored.device.type != "meta" else torch.device(device)
 
 
-def packed(module: nn.Module, name: str, weight: Tensor) -> dict[str, nn.Parameter | None]:
-    """The parameters that store ``weight`` in this module."""
+def packed(module: nn.Module, name: str, weight: Tensor) -> Parameters:
+    """The parameters that store ``weight`` in this module.
+
+    Raises:
+        ValueError: the module's format cannot be made from a weight alone.
+    """
     row = backend(module)
-    if row is not None:
-        return row.packed(module, weight)
-    return {name: nn.Parameter(weight, requires_grad=False)}
+    if row is None:
+        return {name: nn.Parameter(weight, requires_grad=False)}
+    if row.packed is None:
+        raise ValueError(
+            f"A weight cannot be packed into the {row.name} form of a {type(module).__name__} again, which its library "
+            "makes for whole models; merge into a dequantised base."
+        )
+    return row.packed(module, weight)
+
+
+def released(module: nn.Module) -> None:
+    """To be called before a module's parameters are exchanged."""
+    row = backend(module)
+    if row is not None and row.released is not None:
+        row.released(module)
+
+
+def dense_layer(module: Any, weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A plain layer with these tensors that can stand where a quantised ``module`` stands."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer.train(module.training)
 
 
 def compute_dtype(module: nn.Module, stored: Tensor) -> torch.dtype:

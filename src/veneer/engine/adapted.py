@@ -291,7 +291,9 @@ class Adapted(nn.Module):
             self.merged_names = tuple(names)
             self.state.changed()
             return None
-        ordered = [(n, self.adapters[n]) for n in sorted(names, key=lambda n: not isinstance(self.adapters[n], Reweight))]
+        ordered = [
+            (n, self.adapters[n]) for n in sorted(names, key=lambda n: not isinstance(self.adapters[n], Reweight))
+        ]
         row = quant.backend(self.site.module)
         with torch.no_grad():
             weight, bias = self._fold(ordered)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from veneer.core import registry
 from veneer.core.adapter import Adapter
+from veneer.core.backends import keep_layout
 from veneer.core.config import PeftConfig
 from veneer.core.root import Root
 from veneer.core.sites import Site
@@ -159,6 +160,8 @@ class Tuner(nn.Module):
         adapter.site = host.site if adapter.site is site else adapter.site
         adapter.train(host.training)
         host.adapters[name] = adapter
+        if adapter.looks_around:
+            object.__setattr__(adapter, "beside", host.adapters)  # no sub-module of its own
         self._hosts[name].append(host)
         self.state.changed()
         if adapter.residual is not None and host not in self._split_hosts:
@@ -189,6 +192,7 @@ class Tuner(nn.Module):
     def _freeze_base(self) -> None:
         if self.configs:
             return
+        keep_layout(self.model)
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 self._was_trainable.append(parameter)

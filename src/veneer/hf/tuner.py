@@ -13,8 +13,8 @@ from veneer.core import registry
 from veneer.core.config import PeftConfig
 from veneer.core.sites import Site
 from veneer.engine.combine import add_weighted_adapter
-from veneer.engine.targets import ALL_LINEAR, walk
 from veneer.engine.packed_merge import REQUANTIZE, MergeReport
+from veneer.engine.targets import ALL_LINEAR, walk
 from veneer.engine.tuner import Tuner
 from veneer.hf.architectures import default_targets, present
 from veneer.hf.layer_face import PeftLayer
