@@ -27,6 +27,7 @@ _HOMES = {
     ],
     "veneer.hf.state_dict": ["get_peft_model_state_dict", "load_peft_weights", "set_peft_model_state_dict"],
     "veneer.hf.inject": ["inject_adapter_in_model"],
+    "veneer.hf.adapterhub": ["load_adapterhub"],
     "veneer.hf.prefix_start": [
         "compose_cartridge_adapters", "initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text",
         "prompt_embeddings_from_past_key_values",
@@ -37,6 +38,7 @@ _HOMES = {
         "create_riemannian_optimizer",
     ],
     "veneer.hf.initialize": ["initialize"],
+    "veneer.hf.mixtures": ["create_arrow_model", "keep_experts", "mix"],
     "veneer.hf.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
     "veneer.hf.preprocess": ["preprocess_corda", "preprocess_loraga", "replace_lora_weights_loftq"],
     "veneer.hf.status": ["get_layer_status", "get_model_status"],

@@ -36,7 +36,7 @@ def test_one_rule_serves_all_places_and_is_saved_once(tmp_path):
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="phm_dim=3 does not divide the width of 'model.layers.0"):
+    with pytest.raises(ValueError, match=r"phm_dim=3 does not divide the width of 'model.layers.0"):
         get_peft_model(llama(), CompacterConfig(phm_dim=3))
     with pytest.raises(ValueError, match="phm_dim must be"):
         get_peft_model(llama(), CompacterConfig(phm_dim=0))

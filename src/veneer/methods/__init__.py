@@ -4,6 +4,7 @@ from veneer.methods import adalora as adalora
 from veneer.methods import adamss as adamss
 from veneer.methods import adaption_prompt as adaption_prompt
 from veneer.methods import alora as alora
+from veneer.methods import arrow as arrow
 from veneer.methods import bdlora as bdlora
 from veneer.methods import beft as beft
 from veneer.methods import bias as bias
@@ -34,6 +35,7 @@ from veneer.methods import lora_calibrate as lora_calibrate
 from veneer.methods import lora_init as lora_init
 from veneer.methods import miss as miss
 from veneer.methods import mola as mola
+from veneer.methods import mole as mole
 from veneer.methods import monteclora as monteclora
 from veneer.methods import multitask_prompt as multitask_prompt
 from veneer.methods import oft as oft
