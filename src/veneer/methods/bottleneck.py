@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,9 @@ class BottleneckConfig(LayerConfig):
         scaling: a number, or "learned" (starts at 1).
         bottleneck_dropout: on what the bottleneck reads.
         init_weights: False starts W_u at normal draws as well.
+        reads: "output": as above; "sum" and "residual" are what the AdapterHub library's ``seq_bn`` and ``par_bn`` read
+            (``veneer.hf.adapterhub``): the feed-forward part's output plus the state that passes it by, normed where
+            the model does so there, or that state alone. The module named is then one that holds all of it.
 
     Raises:
         ValueError: at ``get_peft_model``: an unknown placement or non-linearity, or senseless sizes.
@@ -73,6 +76,7 @@ class BottleneckConfig(LayerConfig):
     scaling: float | str = 1.0
     bottleneck_dropout: float = 0.0
     init_weights: bool = True
+    reads: str = "output"
 
     type: ClassVar[str | None] = "BOTTLENECK"
 
@@ -89,6 +93,8 @@ class BottleneckConfig(LayerConfig):
             raise ValueError(f"placement must be 'houlsby', 'pfeiffer' or 'parallel', not {self.placement!r}.")
         if self.non_linearity not in NON_LINEARITIES:
             raise ValueError(f"non_linearity must be one of {', '.join(NON_LINEARITIES)}, not {self.non_linearity!r}.")
+        if self.reads not in ("output", "sum", "residual"):
+            raise ValueError(f"reads must be 'output', 'sum' or 'residual', not {self.reads!r}.")
         if self.bottleneck_size is None and not self.reduction_factor > 0:
             raise ValueError(f"reduction_factor must be positive, not {self.reduction_factor}.")
         if self.bottleneck_size is not None and self.bottleneck_size < 1:
@@ -152,11 +158,15 @@ class Inserted(Adapter):
 class Bottleneck(Inserted):
     """Down, a non-linearity, up."""
 
+    @classmethod
+    def build(cls, site: Site, config: Any, shared: nn.Module | None = None) -> Self:
+        return super().build(site, config, shared) if config.reads == "output" else Within(site, config)  # type: ignore
+
     def __init__(self, site: Site, config: BottleneckConfig):
         super().__init__(site, config)
         self.parallel = config.placement == "parallel"
         read, given = widths(site)
-        read = read if self.parallel else given
+        read = read if self.parallel and config.reads == "output" else given
         m = config.size(read)
         self.bottleneck_down, self.bottleneck_up = nn.Linear(read, m), nn.Linear(m, given)
         nn.init.zeros_(self.bottleneck_down.bias)
@@ -171,3 +181,41 @@ class Bottleneck(Inserted):
         h = F.dropout(h, self.p, self.training)
         up = self.bottleneck_up(NON_LINEARITIES[self.f](self.bottleneck_down(h)))
         return up * (self.scale if self.bottleneck_scale is None else self.bottleneck_scale)
+
+
+class Within(Bottleneck):
+    """A bottleneck inside a module, added to its feed-forward part's output before the residual is."""
+
+    reads_call = True
+
+    def __init__(self, site: Site, config: BottleneckConfig):
+        super().__init__(site, config)
+        m = site.module
+        self.post_norm = hasattr(m, "dense") and hasattr(m, "LayerNorm")
+        self.alone = config.reads == "residual"
+        if not self.post_norm and not (hasattr(m, "mlp") and hasattr(m, "post_attention_layernorm")):
+            raise ValueError(
+                f"reads='{config.reads}' needs a module with dense and LayerNorm, or a block with mlp and "
+                f"post_attention_layernorm, but '{site.path}' is a {type(m).__name__}; use reads='output'."
+            )
+
+    def forward(self, x: Tensor, base: Base, call: tuple[tuple, dict[str, Any]] = ((), {})) -> Any:
+        m, residual = self.site.module, []
+        hooks = []
+        if self.post_norm:
+            residual.append(call[0][0] if call[0] else call[1]["input_tensor"])
+            norm, part = m.LayerNorm, m.dense
+        else:
+            norm, part = nn.Identity(), m.mlp
+            hooks.append(m.post_attention_layernorm.register_forward_pre_hook(lambda _, args: residual.append(args[0])))
+
+        def add(module: nn.Module, args: tuple, h: Tensor) -> Tensor:
+            read = residual[-1] if self.alone else norm(h + residual[-1])
+            return h + self.added(read.to(self.dtype)).to(h.dtype)
+
+        hooks.append(part.register_forward_hook(add))
+        try:
+            return base(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
