@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "veneer.core.config": ["PeftConfig", "LayerConfig", "TaskType"],
+    "veneer.core.nf4_linear": ["quantize_model"],
     "veneer.core.registry": ["PeftType"],
     "veneer.methods.lora_options": [
         "ArrowConfig", "BdLoraConfig", "CordaConfig", "EvaConfig", "KasaConfig", "LoftQConfig", "LoraGAConfig",
@@ -40,6 +41,7 @@ _HOMES = {
     "veneer.hf.initialize": ["initialize"],
     "veneer.hf.mixtures": ["create_arrow_model", "keep_experts", "mix"],
     "veneer.hf.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
+    "veneer.hf.quantised_start": ["quantize_with_adapter"],
     "veneer.hf.preprocess": ["preprocess_corda", "preprocess_loraga", "replace_lora_weights_loftq"],
     "veneer.hf.status": ["get_layer_status", "get_model_status"],
     "veneer.hf.auto": [

@@ -39,6 +39,9 @@ class Adapter(nn.Module):
     """The method takes its targets as whole modules, whatever their kind."""
     reads_call: ClassVar[bool] = False
     """``forward`` takes ``call=(args, kwargs)`` too: what the layer was called with besides its input."""
+    looks_around: ClassVar[bool] = False
+    """``beside`` is to hold the adapters of the same layer, this one among them, by name."""
+    beside: Any = None
     wants: ClassVar[frozenset[str]] = frozenset()
     """Names of the model's inputs (``attention_mask``, ``task_ids``, ...) that ``site.inputs`` is to hold."""
     fixed: frozenset[str] = frozenset()

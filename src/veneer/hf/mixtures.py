@@ -1,0 +1,243 @@
+"""From a few folders of trained LoRAs to a mixture of them, in one call."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import regex
+import torch
+from torch import Tensor, nn
+
+from veneer.core.config import PeftConfig
+from veneer.engine import checkpoint
+from veneer.hf import hub
+from veneer.hf.model import PeftModel
+from veneer.hf.state_dict import tuner_of
+from veneer.hf.tasks import get_peft_model
+from veneer.methods.lora_config import VARIANTS_BY_FIELD, LoraConfig
+from veneer.methods.lora_options import ArrowConfig
+from veneer.methods.mole import Mole, MoleConfig
+from veneer.methods.xlora import XLoraConfig
+
+_KEY = regex.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight")
+
+
+@dataclass
+class Expert:
+    """A trained LoRA as it lies on the disk."""
+
+    folder: Path
+    config: LoraConfig
+
+    def factors(self) -> dict[str, dict[str, Tensor]]:
+        """layer's path -> {"A": (r, in), "B": (out, r)}.
+
+        Raises:
+            ValueError: the file holds something else than the factors of layers.
+        """
+        out: dict[str, dict[str, Tensor]] = {}
+        for key, value in checkpoint.read(self.folder).items():
+            found = _KEY.fullmatch(key)
+            if found is None or value.dim() != 2:
+                raise ValueError(
+                    f"{self.folder} holds '{key}' {tuple(value.shape)}, which is no LoRA factor of a linear layer; "
+                    "mix adapters of linear layers."
+                )
+            out.setdefault(found["path"], {})[found["half"]] = value
+        return out
+
+
+def mix(
+    model: nn.Module,
+    adapters: Mapping[str, str | Path],
+    method: str = "mole",
+    adapter_name: str = "default",
+    **options: Any,
+) -> PeftModel:
+    """A model that mixes trained LoRAs; only what weighs them trains.
+
+    Args:
+        model: the base model that all of them were trained on; wrapped in place.
+        adapters: a name for each LoRA -> its folder or hub id.
+        method: "mole" (a gate per layer, trained), "xlora" (one classifier, trained), "arrow" (no training) or
+            "lorahub" (weights searched by ``loss``; the result is one plain LoRA).
+        adapter_name: the mixture's name.
+        options: fields of ``MoleConfig``, ``XLoraConfig`` or ``ArrowConfig``; for "arrow" also ``general={name:
+            folder}``; for "lorahub" the arguments of ``veneer.hf.lorahub.search``.
+
+    Raises:
+        ValueError: an unknown method, adapters that are no plain LoRA, or ones of different bases.
+    """
+    if method not in METHODS:
+        raise ValueError(f"Unknown method '{method}'; LoRAs are mixed by {', '.join(METHODS)}.")
+    experts = read(adapters)
+    return METHODS[method](model, experts, adapter_name, options)
+
+
+def read(adapters: Mapping[str, str | Path]) -> dict[str, Expert]:
+    """Look at every folder, and refuse what cannot be mixed.
+
+    Raises:
+        ValueError: nothing to mix, an adapter that is no plain LoRA, or adapters of different bases.
+    """
+    if not adapters:
+        raise ValueError("Nothing to mix: give adapters={name: folder, ...}.")
+    experts = {}
+    for name, where in adapters.items():
+        folder = hub.resolve(str(where))
+        config = PeftConfig.read(folder)
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"'{name}' ({folder}) is {config.peft_type}; only LoRA adapters can be mixed.")
+        extra = [f for f in (*VARIANTS_BY_FIELD, *_NOT_MIXED) if getattr(config, f)]
+        if extra or config.bias != "none":
+            raise ValueError(f"'{name}' ({folder}) uses {(extra or ['bias'])[0]}; only plain LoRA can be mixed.")
+        experts[name] = Expert(folder, config)
+    bases = {Path(e.config.base_model_name_or_path).name for e in experts.values() if e.config.base_model_name_or_path}
+    if len(bases) > 1:
+        raise ValueError(f"The adapters were trained on different base models: {', '.join(sorted(bases))}.")
+    return experts
+
+
+_NOT_MIXED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias")
+
+
+# ---- one function a method ----------------------------------------------------------------------------------------
+def _mole(model: nn.Module, experts: dict[str, Expert], name: str, options: dict[str, Any]) -> PeftModel:
+    factors = {expert: e.factors() for expert, e in experts.items()}
+    first = next(iter(experts.values())).config
+    config = MoleConfig(
+        experts=list(experts),
+        r=max(pair["A"].shape[0] for layers in factors.values() for pair in layers.values()),
+        target_modules=sorted({path for layers in factors.values() for path in layers}),
+        task_type=first.task_type,
+        **options,
+    )
+    whole = get_peft_model(model, config, name)
+    try:
+        for place, adapter in whole.base_model.adapters(name):
+            for i, (expert, layers) in enumerate(factors.items()):
+                if place in layers:
+                    _put(adapter, i, layers[place], experts[expert], place)
+    except BaseException:
+        whole.base_model.unload()
+        raise
+    return whole
+
+
+def _put(gated: Mole, i: int, pair: dict[str, Tensor], expert: Expert, place: str) -> None:
+    a, b = pair["A"], pair["B"]
+    if a.shape[1] != gated.mole_A.shape[2] or b.shape[0] != gated.mole_B.shape[1]:
+        wanted = (gated.mole_B.shape[1], gated.mole_A.shape[2])
+        raise ValueError(
+            f"{expert.folder} was trained on another base: its '{place}' is {(b.shape[0], a.shape[1])}, here {wanted}."
+        )
+    r = a.shape[0]
+    with torch.no_grad():
+        gated.mole_A[i, :r] = a.to(gated.mole_A)
+        gated.mole_B[i, :, :r] = expert.config.at(place).scaling * b.to(gated.mole_B)  # type: ignore[attr-defined]
+
+
+def _xlora(model: nn.Module, experts: dict[str, Expert], name: str, options: dict[str, Any]) -> PeftModel:
+    first = next(iter(experts.values())).config
+    adapters = {expert: str(e.folder) for expert, e in experts.items()}
+    return get_peft_model(model, XLoraConfig(adapters=adapters, task_type=first.task_type, **options), name)
+
+
+def _arrow(model: nn.Module, experts: dict[str, Expert], name: str, options: dict[str, Any]) -> PeftModel:
+    options = dict(options)
+    general = read(options.pop("general")) if options.get("general") else {}
+    return arrow(model, experts, general, ArrowConfig(**{"use_gks": bool(general)} | options), name)
+
+
+def arrow(
+    model: nn.Module,
+    experts: dict[str, Expert],
+    general: dict[str, Expert],
+    config: ArrowConfig,
+    name: str,
+    **loading: Any,
+) -> PeftModel:
+    """The experts and the general adapters under their names, and Arrow's router under ``name``, active.
+
+    Raises:
+        ValueError: ``use_gks`` without general adapters, or names that both lists hold.
+    """
+    twice = sorted(experts.keys() & general.keys())
+    if twice:
+        raise ValueError(f"'{twice[0]}' names both a task's and a general adapter; give one of them another name.")
+    if config.use_gks and not general:
+        raise ValueError("ArrowConfig(use_gks=True) needs general adapters to subtract: give general_adapter_paths.")
+    whole: PeftModel | None = None
+    for expert, e in (experts | general).items():
+        if whole is None:
+            whole = PeftModel.from_pretrained(model, e.folder, adapter_name=expert, **loading)
+        else:
+            whole.load_adapter(e.folder, expert, **loading)
+    assert whole is not None
+    config = copy.copy(config)
+    config.task_adapter_names, config.gks_adapter_names = list(experts), list(general)
+    first = next(iter(experts.values())).config
+    named: set[str] = set()
+    for expert in experts:
+        named |= {place for place, _ in whole.base_model.adapters(expert)}
+    router = LoraConfig(r=first.r, target_modules=sorted(named), arrow_config=config, task_type=first.task_type)
+    whole.add_adapter(name, router)
+    whole.set_adapter(name)
+    return whole
+
+
+def create_arrow_model(
+    base_model: nn.Module,
+    task_specific_adapter_paths: list[str],
+    arrow_config: ArrowConfig,
+    general_adapter_paths: list[str] | None = None,
+    **adapter_kwargs: Any,
+) -> PeftModel:
+    """A model that routes each token over trained LoRAs without any training.
+
+    Args:
+        base_model: the model that all of them were trained on.
+        task_specific_adapter_paths: folders or hub ids; the adapters get the names ``task_0``, ``task_1``, ...
+        arrow_config: how many experts a token uses, and how evenly.
+        general_adapter_paths: LoRAs of general knowledge, subtracted where ``arrow_config.use_gks``.
+        adapter_kwargs: passed on to the loading of each adapter.
+
+    Raises:
+        ValueError: no paths, adapters that are no plain LoRA, or ones of different bases.
+    """
+    experts = read({f"task_{i}": path for i, path in enumerate(task_specific_adapter_paths)})
+    named = {f"gks_{i}": path for i, path in enumerate(general_adapter_paths or ())}
+    general = read(named) if named else {}
+    return arrow(base_model, experts, general, arrow_config, "arrow_router", **adapter_kwargs)
+
+
+def _lorahub(model: nn.Module, experts: dict[str, Expert], name: str, options: dict[str, Any]) -> PeftModel:
+    from veneer.hf.lorahub import search  # its optimiser is an optional package
+
+    return search(model, experts, name, **options)
+
+
+METHODS: dict[str, Callable[[nn.Module, dict[str, Expert], str, dict[str, Any]], PeftModel]] = {
+    "mole": _mole,
+    "xlora": _xlora,
+    "arrow": _arrow,
+    "lorahub": _lorahub,
+}
+
+
+# ---- using one ------------------------------------------------------------------------------------------------------
+def keep_experts(model: nn.Module, names: Iterable[str], adapter_name: str = "default") -> None:
+    """Have a MoLE mixture use these experts alone, its gates renormalised over them; without training anew.
+
+    Raises:
+        ValueError: an unknown expert, none, or an adapter that is no MoLE.
+    """
+    wanted = list(names)
+    for place, adapter in tuner_of(model).adapters(adapter_name):
+        if not isinstance(adapter, Mole):
+            raise ValueError(f"'{adapter_name}' is a {type(adapter).__name__} at '{place}'; keep_experts needs a MoLE.")
+        adapter.keep(wanted)

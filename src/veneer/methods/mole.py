@@ -1,0 +1,148 @@
+"""MoLE: Mixture of LoRA Experts (Wu, Huang, Wei, 2024, arXiv:2404.13628).
+
+    E_i(x) = s_i B_i A_i x                                                     what trained LoRA i adds, i = 1..n
+    G = softmax(normalise([E_1(x), ..., E_n(x)]) e / tau)                      e (n out, n), tau: all that trains
+    y = W x + sum_i G_i E_i(x)
+
+One gate per adapted layer. The paper flattens the whole text into the gate, which fixes its length; here the gate reads
+each token (``gate="token"``) or the mean over the text's tokens without padding (``gate="sequence"``, which in
+generation with a cache sees the new tokens alone). e starts at zero: all gates are 1/n. The loss gains
+``balance_weight`` (- sum_i log q_i), q_i the mean of gate i over all layers and tokens of the batch. Cost per token
+beside the base layer: 2 n r (in + out) + 2 n^2 out FLOPs; it depends on the input, so it cannot be merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from veneer.core.adapter import Adapter, Base
+from veneer.core.config import LayerConfig
+from veneer.core.registry import method
+from veneer.core.sites import Site
+
+
+@dataclass
+class MoleConfig(LayerConfig):
+    """Settings of MoLE. ``experts`` are the names of the mixed LoRAs, ``r`` the largest of their ranks."""
+
+    experts: list[str] = field(default_factory=list)
+    r: int = 8
+    gate: str = "token"
+    balance_weight: float = 0.5
+
+    type: ClassVar[str | None] = "MOLE"
+
+    def check(self) -> None:
+        """Refuse a mixture of nothing and an unknown gate."""
+        if not self.experts or len(set(self.experts)) != len(self.experts):
+            raise ValueError(f"MoLE needs the distinct names of the LoRAs it mixes as experts, not {self.experts}.")
+        if self.gate not in ("token", "sequence"):
+            raise ValueError(f"gate must be 'token' or 'sequence', not '{self.gate}'.")
+        if self.r < 1:
+            raise ValueError(f"r must be positive, not {self.r}.")
+
+
+class _Units(nn.Module):
+    """All gated layers of one mixture, for the balance term, which is a property of them together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated: list[Mole] = []
+
+    def balance(self) -> Tensor | None:
+        """- sum_i log q_i, n log n where the gates are even; None before a training forward."""
+        seen = [unit.gates for unit in self.gated if unit.gates is not None]
+        if not seen:
+            return None
+        q = torch.stack([g.to(seen[0].device) for g in seen]).mean(0)
+        return -q.clamp_min(torch.finfo(q.dtype).tiny).log().sum()
+
+
+@method("MOLE", MoleConfig)
+class Mole(Adapter):
+    """The frozen experts of one layer and its gate."""
+
+    takes_shared = True
+    zero_start = False
+    wants = frozenset({"attention_mask"})
+
+    @classmethod
+    def plan(cls, config: MoleConfig, sites: Sequence[Site]) -> nn.Module:
+        return _Units()
+
+    def __init__(self, site: Site, config: MoleConfig, units: _Units):
+        super().__init__(site, config)
+        if site.kind not in ("linear", "conv1d_hf") or not site.maps_input:
+            raise ValueError(
+                f"MoLE gates the tokens of a linear layer, which '{site.path}' ({site.kind}) is not; mix adapters "
+                "that leave it out."
+            )
+        n = len(config.experts)
+        self.names, self.per_token, self.balance_weight = config.experts, config.gate == "token", config.balance_weight
+        self.register_buffer("mole_A", torch.zeros(n, config.r, site.in_features))
+        self.register_buffer("mole_B", torch.zeros(n, site.out_features, config.r))  # times s_i
+        self.mole_gate = nn.Parameter(torch.zeros(n * site.out_features, n))
+        self.mole_log_tau = nn.Parameter(torch.zeros(1))
+        self.register_buffer("kept", torch.ones(n, dtype=torch.bool), persistent=False)
+        self.gates: Tensor | None = None
+        units.gated.append(self)
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Use these experts alone from now on; the gates are renormalised over them.
+
+        Raises:
+            ValueError: an unknown name, or none.
+        """
+        wanted = list(names)
+        unknown = [name for name in wanted if name not in self.names]
+        if unknown or not wanted:
+            raise ValueError(f"Keep at least one of the experts {', '.join(self.names)}, not {wanted}.")
+        self.kept.copy_(torch.tensor([name in wanted for name in self.names]))
+
+    def forward(self, x: Tensor, base: Base) -> Tensor:
+        y = base(x)
+        parts = x.to(self.dtype) @ self.mole_A.flatten(0, 1).T
+        parts = torch.einsum("...nr,nor->...no", parts.unflatten(-1, self.mole_A.shape[:2]), self.mole_B)
+        gates = self.weigh(parts)
+        self.gates = self._mean(gates) if self.training else None
+        return y + (gates.unsqueeze(-1).to(parts.dtype) * parts).sum(-2).to(y.dtype)
+
+    def weigh(self, parts: Tensor) -> Tensor:
+        """(..., n) gates, float32, from what each expert adds (..., n, out)."""
+        seen = parts if self.per_token or parts.dim() < 4 else self._over_text(parts)
+        seen = F.layer_norm(seen.flatten(-2).float(), (self.mole_gate.shape[0],))
+        logits = seen @ self.mole_gate.float() / self.mole_log_tau.float().exp()
+        return logits.masked_fill(~self.kept, -torch.inf).softmax(-1)
+
+    def _over_text(self, parts: Tensor) -> Tensor:
+        """(batch, 1, n, out): the mean over the tokens that are no padding."""
+        mask = self._mask(parts.shape[:2])
+        if mask is None:
+            return parts.mean(1, keepdim=True)
+        mask = mask.to(parts)[:, :, None, None]
+        return (parts * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+
+    def _mean(self, gates: Tensor) -> Tensor:
+        """(n,): the mean over the tokens that are no padding."""
+        mask = self._mask(gates.shape[:-1]) if gates.dim() == 3 else None
+        if mask is None:
+            return gates.flatten(0, -2).mean(0)
+        return (gates * mask.to(gates)[..., None]).sum((0, 1)) / mask.sum().clamp(min=1)
+
+    def _mask(self, shape: Sequence[int]) -> Tensor | None:
+        mask = self.site.inputs.get("attention_mask")
+        return mask if isinstance(mask, Tensor) and tuple(mask.shape) == tuple(shape) else None
+
+    def penalty(self) -> Tensor | None:
+        """The balance term, once for all layers: by the first of them."""
+        units = self.shared
+        if not self.balance_weight or not isinstance(units, _Units) or units.gated[0] is not self:
+            return None
+        term = units.balance()
+        return None if term is None else self.balance_weight * term
