@@ -24,7 +24,7 @@ from veneer.hf.preprocess import sites_named
 from veneer.methods.lora_calibrate import gathered_gradients
 
 HERE = Path(__file__).parent
-RANK, ALPHA, BATCH, CALIBRATION = 8, 16, 8, 8
+RANK, ALPHA, BATCH, CALIBRATION = 8, 16, 8, 4
 LAYERS = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 
 
@@ -169,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct")
     parser.add_argument("--data", type=Path, default=HERE.parent / "quickstart")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--every", type=int, default=10)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--only", nargs="*")
@@ -178,6 +178,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     train, heldout = (read(arguments.data / f"{side}.jsonl", tokenizer) for side in ("train", "heldout"))
     random.Random(1).shuffle(train)
+    random.Random(1).shuffle(heldout)
     pad = tokenizer.pad_token_id or 0
     results = json.loads(arguments.out.read_text()) if arguments.out.is_file() else {}
     base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).requires_grad_(False)
@@ -185,7 +186,7 @@ def main() -> None:
     del base
     for name, config in configs(arguments.steps).items():
         if name not in results and (not arguments.only or name in arguments.only):
-            results[name] = run(name, config, arguments, tokenizer, train, batches(heldout, 16, pad), full)
+            results[name] = run(name, config, arguments, tokenizer, train, batches(heldout[:48], 16, pad), full)
             arguments.out.write_text(json.dumps(results, indent=1))
 
 
