@@ -114,6 +114,8 @@ class Prompt(nn.Module):
     fixed: frozenset[str] = frozenset()
     """Names of own parameters that are saved but never trained."""
     length: int
+    at_device: torch.device
+    at_dtype: torch.dtype
 
     @classmethod
     def on(cls, model: nn.Module, config: Any) -> Prompt:
@@ -177,7 +179,7 @@ class Prompt(nn.Module):
         return self.at_dtype
 
 
-def _input_embedding(model: nn.Module) -> nn.Module:
+def _input_embedding(model: nn.Module) -> Any:
     try:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
@@ -256,5 +258,5 @@ def random_rows(model: nn.Module, rows: int) -> Tensor:
     return torch.randn(rows, _width(embedding)) * sample.std().cpu()
 
 
-def _width(embedding: nn.Module) -> int:
+def _width(embedding: Any) -> int:
     return int(getattr(embedding, "embedding_dim", embedding.weight.shape[-1]))

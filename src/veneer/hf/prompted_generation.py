@@ -30,7 +30,7 @@ def generate(peft_model: nn.Module, prompt: Prompt, args: tuple, kwargs: dict[st
         ValueError: no text, or a kind of cache that nothing can be read into beforehand.
     """
     tuner: Tuner = peft_model.base_model  # type: ignore[assignment]
-    model = tuner.model
+    model: Any = tuner.model
     given = dict(zip(inspect.signature(model.generate).parameters, args)) | kwargs  # type: ignore[arg-type]
     wants = {name for p in prompts._everyone(tuner) for name in p.wants}
     inputs = {name: given.pop(name, None) for name in wants}
@@ -49,12 +49,13 @@ def generate(peft_model: nn.Module, prompt: Prompt, args: tuple, kwargs: dict[st
 
 
 def _decoder(tuner: Tuner, given: dict[str, Any], before: Before) -> Any:
-    model, own = tuner.model, dict(given)
+    own = dict(given)
+    model: Any = tuner.model
     if "inputs" in own:
         own["input_ids"] = own.pop("inputs")
     ids, embeds = own.get("input_ids"), own.get("inputs_embeds")
     length, beams = before.length, _beams(model, given)
-    text = ids if ids is not None else embeds
+    text: Any = ids if ids is not None else embeds
     mask = own.get("attention_mask")
     mask = _mask(model, text, ids) if mask is None else mask
     own["attention_mask"] = torch.cat([before.mask.to(mask), mask], 1)
@@ -71,7 +72,7 @@ def _decoder(tuner: Tuner, given: dict[str, Any], before: Before) -> Any:
 
 def _read(tuner: Tuner, before: Before, cache: Any) -> Any:
     """Read everything in ``before`` into ``cache``; the keys and values first, then the embeddings after them."""
-    model = tuner.model
+    model: Any = tuner.model
     pairs = list(before.pairs or [])
     if before.embeds is not None:
         from transformers import DynamicCache
@@ -101,7 +102,7 @@ def _pairs(cache: Any) -> KeysValues:
     return [(layer.keys, layer.values) for layer in cache.layers]
 
 
-def _empty(model: nn.Module, own: dict[str, Any], total: int) -> Any:
+def _empty(model: Any, own: dict[str, Any], total: int) -> Any:
     """The empty cache that the caller gave, or asked for by ``cache_implementation``, or the usual one."""
     from transformers import DynamicCache, StaticCache
 
@@ -125,19 +126,19 @@ def _empty(model: nn.Module, own: dict[str, Any], total: int) -> Any:
     )
 
 
-def _setting(model: nn.Module, own: dict[str, Any], name: str) -> Any:
+def _setting(model: Any, own: dict[str, Any], name: str) -> Any:
     """A setting of this call to ``generate``: an argument, or the generation config's."""
     value = own.get(name)
     config = own.get("generation_config") or model.generation_config
     return getattr(config, name, None) if value is None else value
 
 
-def _beams(model: nn.Module, own: dict[str, Any]) -> int:
+def _beams(model: Any, own: dict[str, Any]) -> int:
     """Rows of the running batch for each row of the text."""
     return max(_setting(model, own, "num_beams") or 1, _setting(model, own, "num_return_sequences") or 1)
 
 
-def _room(model: nn.Module, own: dict[str, Any], length: int) -> None:
+def _room(model: Any, own: dict[str, Any], length: int) -> None:
     """Lengths that count the text from its start count the ids that stand for the prompt as well."""
     if _setting(model, own, "max_new_tokens") is None or "max_length" in own:
         said = _setting(model, own, "max_length")
@@ -147,7 +148,7 @@ def _room(model: nn.Module, own: dict[str, Any], length: int) -> None:
         own["min_length"] = _setting(model, own, "min_length") + length
 
 
-def _new_tokens(model: nn.Module, own: dict[str, Any], start: int) -> int:
+def _new_tokens(model: Any, own: dict[str, Any], start: int) -> int:
     new = _setting(model, own, "max_new_tokens")
     if new is not None:
         return new
@@ -155,7 +156,7 @@ def _new_tokens(model: nn.Module, own: dict[str, Any], start: int) -> int:
     return max(limit - start, 1) if limit is not None else 20
 
 
-def _mask(model: nn.Module, text: Tensor, ids: Tensor | None) -> Tensor:
+def _mask(model: Any, text: Tensor, ids: Tensor | None) -> Tensor:
     """transformers' own guess where no mask is given: pad ids are padding, unless they end texts too."""
     ones = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
     pad, eos = model.generation_config.pad_token_id, model.generation_config.eos_token_id
@@ -195,7 +196,8 @@ def _cut(answer: Any, length: int) -> Any:
 # ---- encoder-decoders -----------------------------------------------------------------------------------------------
 def _encoder_decoder(tuner: Tuner, given: dict[str, Any], text: Tensor, before: Before) -> Any:
     """The encoder reads embeddings before its text; a decoder's prompt is read once into its cache."""
-    model, own = tuner.model, dict(given)
+    own = dict(given)
+    model: Any = tuner.model
     if before.embeds is not None:
         own |= prompts.encoder_side(model, given, text, before)
         for name in ("input_ids", "inputs"):
@@ -223,7 +225,7 @@ def _encoder_decoder(tuner: Tuner, given: dict[str, Any], text: Tensor, before: 
 
 
 def _read_by_decoder(tuner: Tuner, own: dict[str, Any], text: Tensor, before: Before, times: int) -> Any:
-    model = tuner.model
+    model: Any = tuner.model
     encoder = {k: own.pop(k) for k in ("inputs_embeds", "input_ids", "inputs") if k in own}
     encoder = {("input_ids" if k == "inputs" else k): v for k, v in encoder.items()}
     mask = own.get("attention_mask")

@@ -173,7 +173,7 @@ def forward(peft_model: nn.Module, prompt: Prompt, args: tuple, kwargs: dict[str
         ValueError: packed rows or a mask that is no (batch, length) one, before which nothing can be put.
     """
     tuner: Tuner = peft_model.base_model  # type: ignore[assignment]
-    model = tuner.model
+    model: Any = tuner.model
     given = dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs  # type: ignore[arg-type]
     given = {k: v for k, v in given.items() if v is not None}
     inputs = {name: given.get(name) for p in _everyone(tuner) for name in p.wants}
@@ -215,7 +215,7 @@ def _further(given: dict[str, Any], cache: Any) -> dict[str, Any]:
 
 
 def _check(tuner: Tuner, given: dict[str, Any], length: int, before: Before) -> None:
-    model = tuner.model
+    model: Any = tuner.model
     mask, positions = given.get("attention_mask"), given.get("position_ids")
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
         raise ValueError(
@@ -240,7 +240,7 @@ def _check(tuner: Tuner, given: dict[str, Any], length: int, before: Before) -> 
         )
 
 
-def _lengthened(model: nn.Module, given: dict[str, Any], text: Tensor, before: Before) -> dict[str, Any]:
+def _lengthened(model: Any, given: dict[str, Any], text: Tensor, before: Before) -> dict[str, Any]:
     """The call's arguments with the embeddings, mask, positions and labels of what stands before the text."""
     own, (batch, length) = dict(given), text.shape[:2]
     e = before.embedded
@@ -267,15 +267,15 @@ def _lengthened(model: nn.Module, given: dict[str, Any], text: Tensor, before: B
     return own
 
 
-def _one_label_a_row(model: nn.Module) -> bool:
+def _one_label_a_row(model: Any) -> bool:
     return "SequenceClassification" in type(model).__name__
 
 
-def _takes(model: nn.Module, name: str) -> bool:
+def _takes(model: Any, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters  # type: ignore[arg-type]
 
 
-def _place(model: nn.Module, own: dict[str, Any], given: dict[str, Any], before: Before, length: int) -> None:
+def _place(model: Any, own: dict[str, Any], given: dict[str, Any], before: Before, length: int) -> None:
     """Positions: left to the model, which counts from the first virtual token, unless the caller or the rows differ."""
     if "position_ids" not in given and not before.uneven:
         return
@@ -289,7 +289,7 @@ def _place(model: nn.Module, own: dict[str, Any], given: dict[str, Any], before:
     own["position_ids"] = torch.cat([virtual[:, before.cached :], start + text], 1)
 
 
-def _pools_last(model: nn.Module) -> bool:
+def _pools_last(model: Any) -> bool:
     """Whether a classifier reads its answer off the last token, which it finds by the pad ids that a prompt hides."""
     return _one_label_a_row(model) and hasattr(model, "score") and _takes(model, "position_ids")
 
@@ -316,7 +316,7 @@ def _text_to_the_right(own: dict[str, Any], mask: Tensor, virtual: int) -> None:
 # ---- encoder-decoders -----------------------------------------------------------------------------------------------
 def _forward_both(tuner: Tuner, given: dict[str, Any], inputs: dict[str, Any]) -> Any:
     """The encoder reads embeddings before its text; the decoder has a cache, or embeddings, before its own."""
-    model = tuner.model
+    model: Any = tuner.model
     text = next(given[k] for k in ("input_ids", "inputs_embeds", "decoder_input_ids", "labels") if k in given)
     before = read_before(tuner, text.shape[0], text.device, inputs)
     own = dict(given)
@@ -345,7 +345,7 @@ def _forward_both(tuner: Tuner, given: dict[str, Any], inputs: dict[str, Any]) -
         return tuner(**own)
 
 
-def encoder_side(model: nn.Module, given: dict[str, Any], text: Tensor, before: Before) -> dict[str, Any]:
+def encoder_side(model: Any, given: dict[str, Any], text: Tensor, before: Before) -> dict[str, Any]:
     """``inputs_embeds`` and ``attention_mask`` of an encoder whose text follows a prompt."""
     mask = given.get("attention_mask")
     mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device) if mask is None else mask
@@ -357,18 +357,18 @@ def encoder_side(model: nn.Module, given: dict[str, Any], text: Tensor, before: 
 
 
 # ---- keys and values ------------------------------------------------------------------------------------------------
-def new_cache(model: nn.Module, pairs: KeysValues | None, kind: type | None = None) -> Any:
+def new_cache(model: Any, pairs: KeysValues | None, kind: type | None = None) -> Any:
     """A transformers cache for this model, holding ``pairs``."""
     from transformers import DynamicCache, EncoderDecoderCache
 
     config = model.config
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    cache = (kind or DynamicCache)(config=text)
+    cache: Any = (kind or DynamicCache)(config=text)
     fill(cache, model, pairs or [])
     return EncoderDecoderCache(cache, DynamicCache(config=text)) if config.is_encoder_decoder else cache
 
 
-def fill(cache: Any, model: nn.Module, pairs: KeysValues) -> None:
+def fill(cache: Any, model: Any, pairs: KeysValues) -> None:
     """Put each layer's keys and values into an empty cache, in the dtype and on the device of its layer."""
     devices = _devices(model)
     for i, (keys, values) in enumerate(pairs):
@@ -381,12 +381,12 @@ def fill(cache: Any, model: nn.Module, pairs: KeysValues) -> None:
         cache.filled = True
 
 
-def _devices(model: nn.Module) -> dict[int, torch.device]:
+def _devices(model: Any) -> dict[int, torch.device]:
     """Layer -> its device, for a model that is spread over several."""
     spread = getattr(model, "hf_device_map", None) or {}
     if len(set(spread.values())) < 2:
         return {}
-    found = {}
+    found: dict[int, torch.device] = {}
     for module in model.modules():
         lead = next(module.parameters(), None)
         if isinstance(getattr(module, "layer_idx", None), int) and lead is not None and lead.device.type != "meta":
@@ -395,7 +395,7 @@ def _devices(model: nn.Module) -> dict[int, torch.device]:
 
 
 @contextlib.contextmanager
-def _cached(model: nn.Module, own: dict[str, Any], before: Before) -> Iterator[None]:
+def _cached(model: Any, own: dict[str, Any], before: Before) -> Iterator[None]:
     """Within: ``own`` hands the model a cache of the keys and values, also through layers that recompute theirs."""
     if before.pairs is None:
         yield
@@ -424,7 +424,7 @@ def _recomputes(module: nn.Module) -> bool:
     return module.training and any(c.__name__ == "GradientCheckpointingLayer" for c in type(module).__mro__)
 
 
-def _recomputed(layer: nn.Module, forward: Any, cache: Any, *args: Any, **kwargs: Any) -> Any:
+def _recomputed(layer: Any, forward: Any, cache: Any, *args: Any, **kwargs: Any) -> Any:
     """A layer's forward, recomputed in the backward pass with the cache that it had.
 
     ``cache``: what a layer gets whose model drops its cache while it trains.
@@ -453,7 +453,7 @@ def _recomputed(layer: nn.Module, forward: Any, cache: Any, *args: Any, **kwargs
 
 
 @functools.cache
-def _steady() -> type:
+def _steady() -> Any:
     """A cache that gives what it holds and keeps nothing new: a layer that runs again sees what it saw."""
     from transformers import DynamicCache
 

@@ -20,6 +20,7 @@ from veneer.methods import delora as delora
 from veneer.methods import dora as dora
 from veneer.methods import fourierft as fourierft
 from veneer.methods import frod as frod
+from veneer.methods import fusion as fusion
 from veneer.methods import glora as glora
 from veneer.methods import gralora as gralora
 from veneer.methods import hira as hira
@@ -33,7 +34,9 @@ from veneer.methods import lokr as lokr
 from veneer.methods import lora as lora
 from veneer.methods import lora_calibrate as lora_calibrate
 from veneer.methods import lora_init as lora_init
+from veneer.methods import loramoe as loramoe
 from veneer.methods import miss as miss
+from veneer.methods import mixlora as mixlora
 from veneer.methods import mola as mola
 from veneer.methods import mole as mole
 from veneer.methods import monteclora as monteclora
