@@ -60,6 +60,8 @@ def test_from_settings_to_a_merged_model(capsys, base, facts, tmp_path):
     assert "held-out loss" in out
     code, out, _ = run(capsys, f"inspect {tmp_path / 'out'} --json")
     assert json.loads(out)["config"]["r"] == 4
+    code, out, _ = run(capsys, f"inspect {tmp_path / 'out'} --spectrum")
+    assert code == 0 and "rank_pattern: {" in out and (tmp_path / "out" / "spectrum.png").is_file()
     code, out, _ = run(capsys, f"inspect {tmp_path / 'out'}")
     assert "self_attn.q_proj" in out
     prompts = tmp_path / "prompts.jsonl"

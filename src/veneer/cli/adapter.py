@@ -49,8 +49,23 @@ def inspect(
     folder: Folder,
     every: Annotated[bool, typer.Option("--all", help="Every layer, not only the ends of a long list.")] = False,
     json: Json = False,
+    spectrum: Annotated[
+        bool,
+        typer.Option("--spectrum", help="Singular values by layer: a table, spectrum.png, and ranks to train with."),
+    ] = False,
+    energy: Annotated[float, typer.Option(help="Share of a delta's squares that a suggested rank keeps.")] = 0.95,
 ) -> None:
     """What an adapter is: method, settings, size, norm and effective rank by layer, the base it wants."""
+    if spectrum:
+        from veneer.cli.tables import show_spectrum
+        from veneer.hf import spectrum as spectra
+
+        layers = spectra.of_folder(folder)
+        show_spectrum(spectra.rows(layers, energy), spectra.suggested_ranks(layers, energy))
+        picture = Path(folder) / "spectrum.png"
+        spectra.draw(layers, picture, energy)
+        print(picture)
+        return
     from veneer.train import inspection
 
     found = inspection.inspect(folder)

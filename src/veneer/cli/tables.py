@@ -96,3 +96,17 @@ def show_configs(rows: Sequence[tuple[str, str, str, str]]) -> None:
     for name, kind, settings, state in rows:
         table.add_row(Text(name, "bold"), Text(kind), Text(settings), Text(state, "green" if state == "ok" else "red"))
     Console(highlight=False).print(table)
+
+
+def show_spectrum(rows: Sequence[dict[str, Any]], ranks: dict[str, int]) -> None:
+    """What each layer's delta needs of its rank, and the settings that would give it that."""
+    console = Console(highlight=False)
+    table = Table("layer", "rank", "effective", "needed", "norm", "largest", box=None, padding=(0, 2))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        values = [str(row["rank"]), f"{row['effective']:.1f}", str(row["needed"]), f"{row['norm']:.4f}"]
+        table.add_row(Text(str(row["layer"])), *values, f"{row['largest']:.4f}")
+    console.print(table)
+    pattern = ", ".join(f"{layer}: {rank}" for layer, rank in ranks.items())
+    console.print(Text(f"\nrank_pattern: {{{pattern}}}"), soft_wrap=True)
