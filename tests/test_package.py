@@ -37,6 +37,6 @@ def test_names_of_methods_are_found_in_the_registry(name: str) -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="nonsense"):
-        veneer.nonsense
+        _ = veneer.nonsense
     with pytest.raises(AttributeError, match="Nonsense"):
-        veneer.Nonsense
+        _ = veneer.Nonsense

@@ -7,8 +7,8 @@ from pathlib import Path
 import accelerate
 import pytest
 import torch
-from hf.test_model import IDS, llama, logits, options, stir
 
+from hf.test_model import IDS, llama, logits, options, stir
 from veneer import LoraConfig, PeftModel, get_peft_model
 
 

@@ -74,20 +74,27 @@ CASES = {
         options(target_modules=["q_proj"], task_type="CAUSAL_LM", trainable_token_indices=[3, 9]),
         {},
     ),
-    "llama_head_saved": (llama, options(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"), {}),
+    "llama_head_saved": (
+        llama, options(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"), {}
+    ),
     "llama_patterns": (
         llama,
         options(
-            target_modules=["q_proj", "v_proj", "down_proj"], rank_pattern={"down_proj": 2, "layers.0.self_attn.q_proj": 6},
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            rank_pattern={"down_proj": 2, "layers.0.self_attn.q_proj": 6},
             alpha_pattern={"v_proj": 32}, task_type="CAUSAL_LM", layers_to_transform=[0, 1],
         ),
         {},
     ),
     "llama_regex": (llama, options(target_modules=r".*layers\.1.*(q|k)_proj", task_type="CAUSAL_LM"), {}),
     "llama_embedding": (llama, options(target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM"), {}),
-    "llama_classifier": (lambda: llama(LlamaForSequenceClassification), options(target_modules=["q_proj"], task_type="SEQ_CLS"), {}),
+    "llama_classifier": (
+        lambda: llama(LlamaForSequenceClassification), options(target_modules=["q_proj"], task_type="SEQ_CLS"), {}
+    ),
     "gpt2": (gpt2, options(task_type="CAUSAL_LM", bias="lora_only"), {}),
-    "gpt2_bias_all": (gpt2, options(task_type="CAUSAL_LM", target_modules=["c_attn", "c_proj"], bias="all", fan_in_fan_out=True), {}),
+    "gpt2_bias_all": (
+        gpt2, options(task_type="CAUSAL_LM", target_modules=["c_attn", "c_proj"], bias="all", fan_in_fan_out=True), {}
+    ),
     "t5": (t5, options(task_type="SEQ_2_SEQ_LM"), {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}),
     "bert_classifier": (lambda: bert(BertForSequenceClassification), options(task_type="SEQ_CLS"), {}),
     "bert_tokens": (lambda: bert(BertForTokenClassification), options(task_type="TOKEN_CLS"), {}),

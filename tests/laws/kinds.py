@@ -85,10 +85,18 @@ KINDS = {
             _floats(4, 8, 6, 6), LAYER,
         ),
         Kind("conv2d_1x1", lambda: Chain(None, nn.Conv2d(8, 16, 1)), _floats(4, 8, 5, 5), LAYER),
-        Kind("conv2d_grouped", lambda: Chain(None, nn.Conv2d(8, 16, 3, padding=1, groups=2)), _floats(4, 8, 5, 5), LAYER),
+        Kind(
+            "conv2d_grouped", lambda: Chain(None, nn.Conv2d(8, 16, 3, padding=1, groups=2)), _floats(4, 8, 5, 5), LAYER
+        ),
         Kind("conv3d", lambda: Chain(None, nn.Conv3d(8, 16, (1, 1, 3))), _floats(4, 8, 3, 3, 4), LAYER),
-        Kind("embedding", lambda: Chain(None, nn.Embedding(24, 8), nn.Linear(8, 4)), lambda: torch.randint(0, 24, (4, 5)), LAYER),
-        Kind("mha", lambda: Chain(nn.Linear(8, 8), SelfAttention()), _floats(4, 5, 8), {"target_modules": ["layer.attn"]}),
+        Kind(
+            "embedding", lambda: Chain(None, nn.Embedding(24, 8), nn.Linear(8, 4)),
+            lambda: torch.randint(0, 24, (4, 5)), LAYER,
+        ),
+        Kind(
+            "mha", lambda: Chain(nn.Linear(8, 8), SelfAttention()), _floats(4, 5, 8),
+            {"target_modules": ["layer.attn"]},
+        ),
         Kind(
             "experts", lambda: Chain(nn.Linear(8, 8), Experts()), _floats(4, 3, 8),
             {"target_modules": [], "target_parameters": ["layer.gate_up_proj", "layer.down_proj"]},

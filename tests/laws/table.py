@@ -1,4 +1,4 @@
-"""The table that the laws run over: one row per method and noteworthy option. A new method adds a row, and has all laws.
+"""The table that the laws run over: a row per method and noteworthy option. A new method adds a row, and has all laws.
 
 Rows live beside each other in ``rows_*.py`` files by family; each exports a list ``ROWS``.
 """

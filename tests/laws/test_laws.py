@@ -7,10 +7,10 @@ import pickle
 
 import pytest
 import torch
-from laws.kinds import ALL, KINDS
-from laws.table import Row, rows
 
 import veneer.methods  # noqa: F401 - enters the methods into the registry
+from laws.kinds import ALL, KINDS
+from laws.table import Row, rows
 from veneer.core.config import PeftConfig
 from veneer.engine import checkpoint
 from veneer.engine.tuner import Tuner

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ def peek(dataloader: Iterable[Any], family: str) -> tuple[Iterator[Any], Any]:
 
 def shown(batches: Iterable[Any], whole: Iterable[Any], what: str, limit: int | None, show: bool) -> Iterable[Any]:
     """``batches`` under a progress bar."""
-    known = [n for n in (limit, len(whole) if hasattr(whole, "__len__") else None) if n is not None]
+    known = [n for n in (limit, len(whole) if isinstance(whole, Sized) else None) if n is not None]
     return tqdm(batches, desc=what, total=min(known, default=None), disable=not show)
 
 
