@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine.test_tuner import IDS, config, made
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import veneer.core.files as files
+from engine.test_tuner import IDS, config, made
 from veneer import LoraConfig, PeftConfig
 from veneer.engine import checkpoint
 
@@ -58,7 +58,7 @@ def test_a_file_that_does_not_fit_changes_nothing_and_says_how(fault: str) -> No
         assert report.mismatched_keys[0][1:] == ((3, 8), (2, 8))
     else:
         report = checkpoint.put(tuner, "default", tensors, strict=False)
-        assert (report.missing_keys if fault == "missing" else report.unexpected_keys)
+        assert report.missing_keys if fault == "missing" else report.unexpected_keys
     assert report.loaded and not torch.equal(tuner(IDS), y)
 
 
@@ -118,7 +118,7 @@ def test_unknown_fields_of_a_file_are_kept_and_written_again(tmp_path) -> None:
 
 def test_malformed_configs_say_what_is_wrong(tmp_path) -> None:
     path: Path = tmp_path / "adapter_config.json"
-    with pytest.raises(FileNotFoundError, match="no adapter folder|not an adapter folder"):
+    with pytest.raises(FileNotFoundError, match="not an adapter folder"):
         PeftConfig.read(tmp_path)
     for text, words in (("{", "not valid JSON"), ("[]", "JSON object"), ('{"peft_type": "LOAR"}', "LOAR")):
         path.write_text(text)

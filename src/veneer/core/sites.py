@@ -117,8 +117,8 @@ class Site:
         """
         if quant.offloaded(self.module) is not None:
             raise ValueError(
-                f"'{self.path}' is offloaded, so a merged weight would be lost at its next call; load the model without "
-                "offloading to merge."
+                f"'{self.path}' is offloaded, so a merged weight would be lost at its next call; load the model "
+                "without offloading to merge."
             )
         name, bias_name = self._names()
         form = self._stored_form(weight)
@@ -252,8 +252,8 @@ class EmbeddingSite(Site):
     def swap(self, weight: Tensor, bias: Tensor | None) -> Parameters:
         if self.module.max_norm is not None:
             raise ValueError(
-                f"'{self.path}' bounds the norm of its rows at each call (max_norm), which would change a merged weight; "
-                "keep the adapter unmerged."
+                f"'{self.path}' bounds the norm of its rows at each call (max_norm), which would change a merged "
+                "weight; keep the adapter unmerged."
             )
         return super().swap(weight, bias)
 
@@ -287,8 +287,8 @@ class WeightSite(Site):
         shape = self.stored.shape
         if not self.stored.is_floating_point() or quant.backend(module) is not None and parameter == "weight":
             raise ValueError(
-                f"Parameter '{parameter}' of '{path}' is packed ({self.stored.dtype}); name the layer in target_modules "
-                "instead."
+                f"Parameter '{parameter}' of '{path}' is packed ({self.stored.dtype}); name the layer in "
+                "target_modules instead."
             )
         if len(shape) not in (2, 3):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The short way through a linear layer whose active adapters are all low-rank: one call, decided once per active set."""
+"""The short way through a linear layer whose active adapters are all low-rank: one call, decided in advance."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class LowRankPath:
         return fused_linear(x, weight, layer.bias, joined(lows), self._mask(x, lows))
 
     def _mask(self, x: Tensor, lows: list[LowRank]) -> Tensor:
-        """Each row's scaling of each part of the stacked rank, 0 where the part is not the row's: (N or 1, total rank)."""
+        """Each row's scaling of each part of the stacked rank, 0 where it is another row's: (N or 1, total rank)."""
         parts = tuple([(name, low.a.shape[0], low.scaling) for name, low in zip(self.names, lows)])
         if self.route is None:
             return self.state.mask(1, parts, x.device, x.dtype)
