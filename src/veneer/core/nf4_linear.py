@@ -89,7 +89,8 @@ def quantize_model(
 ) -> Any:
     """Put the weights of a model's linear layers into NF4, in place, one layer at a time.
 
-    The output embedding stays as it is, and so does everything that shares its weight with another module.
+    The output embedding stays as it is, and so does everything that shares its weight with another module, or that has
+    an adapter around it (``veneer.hf.quantised_start`` takes those).
 
     Args:
         model: any model; a dense layer is freed as soon as its packed form is in its place. On the meta device only
@@ -111,9 +112,7 @@ def quantize_model(
         )
     paths = _paths(model, skip)
     if not paths:
-        raise ValueError(
-            f"{type(model).__name__} has no linear layer to quantise" + (" besides skip." if skip else ".")
-        )
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantise{' besides skip' if skip else ''}.")
     for path in paths:
         layer = nf4_layer(model.get_submodule(path), block, double_quant)
         if not path:
@@ -137,6 +136,7 @@ def nf4_layer(module: Any, block: int = BLOCK, double_quant: bool = True) -> Nf4
 
 def _paths(model: Any, skip: Sequence[str]) -> list[str]:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    adapted = {id(m) for host in model.modules() if getattr(type(host), "is_adapted", False) for m in host.modules()}
     held = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
 
     def takes(path: str, module: Any) -> bool:
@@ -146,6 +146,6 @@ def _paths(model: Any, skip: Sequence[str]) -> list[str]:
             return False
         if any(path == s or path.endswith(f".{s}") or path.startswith(f"{s}.") for s in skip):
             return False
-        return module is not head and held[id(module.weight)] == 1
+        return module is not head and id(module) not in adapted and held[id(module.weight)] == 1
 
     return [path for path, module in model.named_modules() if takes(path, module)]

@@ -81,7 +81,7 @@ class MergeReport:
         worst = max(self.layers, key=lambda path: self.layers[path].of_change)
         return (
             f"Merged {', '.join(self.names)} into {len(self.layers)} quantised layers, {did}: the weights differ from "
-            f"those of the adapted model by {self.error:.2%}, which is {self.of_change:.2%} of what the adapters change "
-            f"(at most {self.layers[worst].of_change:.2%}, at '{worst}'). Other ways: quantized='{DEQUANTIZE}', "
-            f"'{REQUANTIZE}', or the original weights."
+            f"those of the adapted model by {self.error:.2%}, which is {self.of_change:.2%} of what the adapters "
+            f"change (at most {self.layers[worst].of_change:.2%}, at '{worst}'). Other ways: "
+            f"quantized='{DEQUANTIZE}', '{REQUANTIZE}', or the original weights."
         )

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from veneer.core.config import PeftConfig
 from veneer.core.sites import Site, sites_for
 from veneer.engine import targets
+from veneer.hf.quantised import OriginalWeights
 from veneer.hf.state_dict import tuner_of
 from veneer.hf.tuner import fill_defaults
 from veneer.methods import lora_calibrate as calibrate
@@ -139,35 +139,24 @@ def replace_lora_weights_loftq(
     tuner = tuner_of(peft_model)
     tuner._require(adapter_name)
     base = getattr(tuner.model, "config", None)
-    folder = Path(model_path or getattr(base, "_name_or_path", "") or ".").expanduser()
-    files = [folder] if folder.is_file() else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"'{folder}' holds no safetensors with the float weights of the base; give model_path.")
-    where = {key: file for file in files for key in _keys(file)}
+    folder = model_path or getattr(base, "_name_or_path", "") or "."
+    originals = OriginalWeights(folder, getattr(tuner.model, "base_model_prefix", ""))
     own = [(lora.site.path, lora) for _, lora in tuner.adapters(adapter_name) if isinstance(lora, Lora)]
-    prefix = getattr(tuner.model, "base_model_prefix", "")
-    found = {path: _stored_name(path, prefix, where, folder) for path, _ in own}
+    lacking = [path for path, _ in own if path not in originals]
+    if lacking:
+        raise ValueError(
+            f"The safetensors of '{folder}' hold no '{lacking[0]}.weight', so LoftQ cannot compare it with "
+            "the packed one."
+        )
     for path, lora in own:
-        with safe_open(where[found[path]], framework="pt") as file:
-            w = lora.site._stored_form(file.get_tensor(found[path]))
+        w = lora.site._stored_form(originals[path])
         packed = lora.site.weight.detach().float()
         if w.shape != packed.shape:
-            raise ValueError(f"'{found[path]}' has shape {tuple(w.shape)}, but '{path}' needs {tuple(packed.shape)}.")
+            raise ValueError(
+                f"'{originals.key(path)}' has shape {tuple(w.shape)}, but '{path}' needs {tuple(packed.shape)}."
+            )
         before = [m.detach().clone() for m in lora.matrices()]
         left = (w.to(packed) - packed).reshape(*before[1].shape[:-1], before[0].shape[-1])
         place(lora, *each(lora, lambda m, r, s=lora.scaling: balanced(top_svd(m, r), s), left))
         if callback is not None and not callback(peft_model, path):
             place(lora, *before)
-
-
-def _keys(file: Path) -> list[str]:
-    with safe_open(file, framework="pt") as opened:
-        return list(opened.keys())
-
-
-def _stored_name(path: str, prefix: str, where: dict[str, Path], folder: Path) -> str:
-    name = f"{path}.weight"
-    for known in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-        if known in where:
-            return known
-    raise ValueError(f"The safetensors of '{folder}' hold no '{name}', so LoftQ cannot compare '{path}' with it.")

@@ -1,4 +1,4 @@
-"""Quantised bases as models: their original weights, the dense model, and starts that quantise the base along."""
+"""Quantised bases as models: their original weights, and the dense model that they stand for."""
 
 from __future__ import annotations
 
@@ -52,6 +52,12 @@ class OriginalWeights(Mapping[str, Tensor]):
         key = self.key(path)
         with safe_open(self._where[key], framework="pt") as file:
             return file.get_tensor(key)
+
+    def __contains__(self, path: object) -> bool:
+        try:
+            return bool(self.key(str(path)))
+        except KeyError:
+            return False
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
