@@ -40,6 +40,7 @@ _HOMES = {
     ],
     "veneer.hf.initialize": ["initialize"],
     "veneer.hf.mixtures": ["create_arrow_model", "keep_experts", "mix"],
+    "veneer.hf.pool": ["AdapterPool"],
     "veneer.hf.eva": ["get_eva_state_dict", "initialize_lora_eva_weights"],
     "veneer.hf.quantised_start": ["quantize_with_adapter"],
     "veneer.hf.preprocess": ["preprocess_corda", "preprocess_loraga", "replace_lora_weights_loftq"],

@@ -6,7 +6,7 @@ from functools import partial
 
 from laws.kinds import LINEAR
 from laws.table import Row
-from veneer import LilyConfig, MolaConfig, PolyConfig
+from veneer import LilyConfig, LoraMoeConfig, MolaConfig, MoleConfig, PolyConfig
 
 ROWS = [
     Row("mola", partial(MolaConfig, r=4, experts=3, top_k=2), kinds=LINEAR, merges=False),
@@ -17,6 +17,8 @@ ROWS = [
         tested=frozenset({"linear"}),
         merges=False,
     ),
+    Row("loramoe", partial(LoraMoeConfig, r=4, experts=4, knowledge_experts=2), kinds=LINEAR, merges=False),
+    Row("mole", partial(MoleConfig, r=4, experts=["a", "b"]), kinds=LINEAR, merges=False, zero_start=False),
     Row("poly", partial(PolyConfig, r=4, n_skills=3), kinds=LINEAR),
     Row("mhr", partial(PolyConfig, r=4, n_skills=2, n_splits=2), kinds=LINEAR, tested=frozenset({"linear"})),
     Row("lily", partial(LilyConfig, r=4), kinds=LINEAR, merges=False),

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import regex
-import torch
 from torch import Tensor, nn
 
 from veneer.core.config import PeftConfig
@@ -119,26 +118,23 @@ def _mole(model: nn.Module, experts: dict[str, Expert], name: str, options: dict
     whole = get_peft_model(model, config, name)
     try:
         for place, adapter in whole.base_model.adapters(name):
-            for i, (expert, layers) in enumerate(factors.items()):
-                if place in layers:
-                    _put(adapter, i, layers[place], experts[expert], place)
+            adapter.hold([_fitting(adapter, experts[e], layers.get(place), place) for e, layers in factors.items()])
     except BaseException:
         whole.base_model.unload()
         raise
     return whole
 
 
-def _put(gated: Mole, i: int, pair: dict[str, Tensor], expert: Expert, place: str) -> None:
+def _fitting(gated: Mole, expert: Expert, pair: dict[str, Tensor] | None, place: str) -> tuple[Tensor, Tensor] | None:
+    if pair is None:
+        return None
     a, b = pair["A"], pair["B"]
     if a.shape[1] != gated.mole_A.shape[2] or b.shape[0] != gated.mole_B.shape[1]:
         wanted = (gated.mole_B.shape[1], gated.mole_A.shape[2])
         raise ValueError(
             f"{expert.folder} was trained on another base: its '{place}' is {(b.shape[0], a.shape[1])}, here {wanted}."
         )
-    r = a.shape[0]
-    with torch.no_grad():
-        gated.mole_A[i, :r] = a.to(gated.mole_A)
-        gated.mole_B[i, :, :r] = expert.config.at(place).scaling * b.to(gated.mole_B)  # type: ignore[attr-defined]
+    return a, expert.config.at(place).scaling * b.float()  # type: ignore[attr-defined]
 
 
 def _xlora(model: nn.Module, experts: dict[str, Expert], name: str, options: dict[str, Any]) -> PeftModel:

@@ -6,9 +6,10 @@
 
 One gate per adapted layer. The paper flattens the whole text into the gate, which fixes its length; here the gate reads
 each token (``gate="token"``) or the mean over the text's tokens without padding (``gate="sequence"``, which in
-generation with a cache sees the new tokens alone). e starts at zero: all gates are 1/n. The loss gains
-``balance_weight`` (- sum_i log q_i), q_i the mean of gate i over all layers and tokens of the batch. Cost per token
-beside the base layer: 2 n r (in + out) + 2 n^2 out FLOPs; it depends on the input, so it cannot be merged.
+generation with a cache sees the new tokens alone). The experts come from ``veneer.mix``; a bare config starts with
+random ones. e starts at zero: all gates are 1/n. The loss gains ``balance_weight`` (- sum_i log q_i), q_i the mean of
+gate i over all layers and tokens of the batch. Cost per token beside the base layer: 2 n r (in + out) + 2 n^2 out
+FLOPs; it depends on the input, so it cannot be merged.
 """
 
 from __future__ import annotations
@@ -85,13 +86,23 @@ class Mole(Adapter):
             )
         n = len(config.experts)
         self.names, self.per_token, self.balance_weight = config.experts, config.gate == "token", config.balance_weight
-        self.register_buffer("mole_A", torch.zeros(n, config.r, site.in_features))
-        self.register_buffer("mole_B", torch.zeros(n, site.out_features, config.r))  # times s_i
+        self.register_buffer("mole_A", torch.randn(n, config.r, site.in_features) / site.in_features**0.5)
+        self.register_buffer("mole_B", torch.randn(n, site.out_features, config.r) / config.r)  # times s_i
         self.mole_gate = nn.Parameter(torch.zeros(n * site.out_features, n))
         self.mole_log_tau = nn.Parameter(torch.zeros(1))
         self.register_buffer("kept", torch.ones(n, dtype=torch.bool), persistent=False)
         self.gates: Tensor | None = None
         units.gated.append(self)
+
+    @torch.no_grad()
+    def hold(self, experts: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+        """Take trained experts: for each (A (r_i, in), s_i B (out, r_i)), or None where it leaves this layer out."""
+        self.mole_A.zero_()
+        self.mole_B.zero_()
+        for i, pair in enumerate(experts):
+            if pair is not None:
+                self.mole_A[i, : pair[0].shape[0]] = pair[0].to(self.mole_A)
+                self.mole_B[i, :, : pair[1].shape[1]] = pair[1].to(self.mole_B)
 
     def keep(self, names: Iterable[str]) -> None:
         """Use these experts alone from now on; the gates are renormalised over them.
