@@ -109,10 +109,11 @@ def _empty(model: Any, own: dict[str, Any], total: int) -> Any:
     given = own.pop("past_key_values", None)
     if given is not None:
         return given
-    settings = copy.copy(own.get("generation_config") or model.generation_config)
+    settings = own.get("generation_config") or model.generation_config
     kind = own.pop("cache_implementation", None) or settings.cache_implementation
-    settings.cache_implementation = None
-    own["generation_config"] = settings
+    if settings.cache_implementation is not None:  # which the cache made here stands for now
+        own["generation_config"] = copy.copy(settings)
+        own["generation_config"].cache_implementation = None
     text = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
     if kind is None or kind.startswith("dynamic"):
         return DynamicCache(config=text)
