@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli import adapter, configs, foreign, run, start, talk
+from veneer.cli import adapter, compare, configs, export, foreign, run, start, talk
 
 app = typer.Typer(
     name="veneer",
@@ -24,10 +24,12 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command()(start.init)
 app.command(context_settings=PASS_ON)(run.train)
 app.command(context_settings=PASS_ON)(run.plan)
+app.command(context_settings=PASS_ON)(compare.compare)
 app.command()(run.report)
 app.command()(talk.generate)
 app.command()(talk.chat)
 app.command()(adapter.merge)
+app.command()(export.export)
 app.command()(adapter.inspect)
 app.command()(adapter.methods)
 app.command(context_settings=PASS_ON)(foreign.sft)
