@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from veneer.core.prompt import KeysValues, Prompt
 from veneer.engine.tuner import Tuner
 from veneer.hf import prompts
-from veneer.hf.prompts import Before
+from veneer.hf.prompt_cache import fill, new_cache
+from veneer.hf.prompt_rows import Before, everyone, read_before
 
 _TEXT = ("input_ids", "inputs", "inputs_embeds")
 _TENSORS = (*_TEXT, "attention_mask", "past_key_values", "decoder_input_ids", "streamer", "generation_config")
@@ -32,7 +33,7 @@ def generate(peft_model: nn.Module, prompt: Prompt, args: tuple, kwargs: dict[st
     tuner: Tuner = peft_model.base_model  # type: ignore[assignment]
     model: Any = tuner.model
     given = dict(zip(inspect.signature(model.generate).parameters, args)) | kwargs  # type: ignore[arg-type]
-    wants = {name for p in prompts._everyone(tuner) for name in p.wants}
+    wants = {name for p in everyone(tuner) for name in p.wants}
     inputs = {name: given.pop(name, None) for name in wants}
     given = {k: v for k, v in given.items() if v is not None or k not in _TENSORS}
     cache = given.get("past_key_values")
@@ -42,7 +43,7 @@ def generate(peft_model: nn.Module, prompt: Prompt, args: tuple, kwargs: dict[st
     if text is None:
         raise ValueError("Give input_ids (or inputs_embeds) to generate from; a prompt stands before a text.")
     with torch.no_grad():
-        before = prompts.read_before(tuner, text.shape[0], text.device, inputs)
+        before = read_before(tuner, text.shape[0], text.device, inputs)
         if model.config.is_encoder_decoder:
             return _encoder_decoder(tuner, given, text, before)
         return _decoder(tuner, given, before)
@@ -78,7 +79,7 @@ def _read(tuner: Tuner, before: Before, cache: Any) -> Any:
         from transformers import DynamicCache
 
         whole = DynamicCache()
-        prompts.fill(whole, model, pairs)
+        fill(whole, model, pairs)
         embeds = before.embeds.to(model.get_input_embeddings().weight.dtype)
         arguments = {
             "inputs_embeds": embeds,
@@ -86,7 +87,7 @@ def _read(tuner: Tuner, before: Before, cache: Any) -> Any:
             "use_cache": True,
             "past_key_values": whole,
         }
-        if prompts._takes(model, "position_ids"):
+        if prompts.takes(model, "position_ids"):
             arguments["position_ids"] = (before.mask.cumsum(1) - 1).clamp(min=0)[:, before.cached :]
         training, _ = model.training, model.eval()
         try:
@@ -94,7 +95,7 @@ def _read(tuner: Tuner, before: Before, cache: Any) -> Any:
         finally:
             model.train(training)
         pairs = _pairs(whole)
-    prompts.fill(cache, model, pairs)
+    fill(cache, model, pairs)
     return cache
 
 
@@ -219,7 +220,7 @@ def _encoder_decoder(tuner: Tuner, given: dict[str, Any], text: Tensor, before: 
     _streamed(own, length)
     times = _beams(model, given)
     if before.decoder is None:
-        own["past_key_values"] = prompts.new_cache(model, before.repeated(times).pairs)
+        own["past_key_values"] = new_cache(model, before.repeated(times).pairs)
     else:
         own["past_key_values"] = _read_by_decoder(tuner, own, text, before, times)
     return _cut(model.generate(**own), length)  # type: ignore[operator]
@@ -231,7 +232,7 @@ def _read_by_decoder(tuner: Tuner, own: dict[str, Any], text: Tensor, before: Be
     encoder = {("input_ids" if k == "inputs" else k): v for k, v in encoder.items()}
     mask = own.get("attention_mask")
     own["encoder_outputs"] = model.get_encoder()(**encoder, attention_mask=mask, return_dict=True)
-    cache = prompts.new_cache(model, None)
+    cache = new_cache(model, None)
     embeds = before.decoder.to(model.get_input_embeddings().weight.dtype)  # type: ignore[union-attr]
     tuner(
         encoder_outputs=own["encoder_outputs"], attention_mask=mask, decoder_inputs_embeds=embeds,
