@@ -40,13 +40,16 @@ class Arrow(Adapter):
         self.lora_A, self.lora_B = site.factors(config.r)  # idle: the peer's files hold them
         for idle in (self.lora_A, self.lora_B):
             nn.init.zeros_(idle.weight)
+        self.routed: Tensor | None = None
         self._seen: tuple[Any, tuple[Tensor, Tensor, Tensor]] | None = None
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
         h = x.to(self.dtype)
         a, b, p = self.library()
-        return y + gated_lowrank(h, a, b, self.gates(h, p)).to(y.dtype)
+        gates = self.gates(h, p)
+        self.routed = gates if self.training else None
+        return y + gated_lowrank(h, a, b, gates).to(y.dtype)
 
     def gates(self, x: Tensor, p: Tensor) -> Tensor:
         """(..., experts), float32: k of them non-zero, summing to 1."""

@@ -90,6 +90,11 @@ class LoraMoe(Adapter):
         self._gates = gates if self.training else None
         return y + (self.scaling * gated_lowrank(self.dropout(h), self.loramoe_A, self.loramoe_B, gates)).to(y.dtype)
 
+    @property
+    def routed(self) -> Tensor | None:
+        """(..., experts): the gates of the last training forward."""
+        return self._gates
+
     def penalty(self) -> Tensor | None:
         if self._gates is None or not self.balance_weight:
             return None

@@ -115,6 +115,11 @@ class MixLora(Adapter):
         a, b = getattr(self, f"mixlora_{name}_A"), getattr(self, f"mixlora_{name}_B")
         return (self.scaling * gated_lowrank(self.dropout(x.to(a.dtype)), a, b, gates)).to(x.dtype)
 
+    @property
+    def routed(self) -> Tensor | None:
+        """(..., experts): the gates of the last training forward."""
+        return None if self._routing is None else self._routing[0]
+
     def penalty(self) -> Tensor | None:
         term = balance(self._routing, self.balance_weight, self.site.inputs.get("attention_mask"))
         return None if term is None else self.top_k * term  # f counts each of the k slots for one

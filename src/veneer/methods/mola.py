@@ -114,6 +114,11 @@ class Mola(Adapter):
         self._routing = (gates, p) if self.training else None
         return y + (self.scaling * gated_lowrank(self.dropout(h), self.mola_A, self.mola_B, gates)).to(y.dtype)
 
+    @property
+    def routed(self) -> Tensor | None:
+        """(..., experts): the gates of the last training forward."""
+        return None if self._routing is None else self._routing[0]
+
     def penalty(self) -> Tensor | None:
         return balance(self._routing, self.balance_weight, self.site.inputs.get("attention_mask"))
 

@@ -92,6 +92,7 @@ class Mole(Adapter):
         self.mole_log_tau = nn.Parameter(torch.zeros(1))
         self.register_buffer("kept", torch.ones(n, dtype=torch.bool), persistent=False)
         self.gates: Tensor | None = None
+        self.routed: Tensor | None = None
         units.gated.append(self)
 
     @torch.no_grad()
@@ -122,6 +123,7 @@ class Mole(Adapter):
         parts = torch.einsum("...nr,nor->...no", parts.unflatten(-1, self.mole_A.shape[:2]), self.mole_B)
         gates = self.weigh(parts)
         self.gates = self._mean(gates) if self.training else None
+        self.routed = gates if self.training else None
         return y + (gates.unsqueeze(-1).to(parts.dtype) * parts).sum(-2).to(y.dtype)
 
     def weigh(self, parts: Tensor) -> Tensor:
