@@ -13,17 +13,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from veneer.engine import checkpoint
+from veneer.hf.experts import Expert
 from veneer.hf.model import PeftModel
 from veneer.hf.tasks import get_peft_model
-
-if TYPE_CHECKING:
-    from veneer.hf.mixtures import Expert
 
 
 def search(
@@ -57,7 +55,7 @@ def search(
         ValueError: experts whose factors cannot be summed, or a loss that is never finite.
     """
     try:
-        import cma
+        import cma  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError("LoRAHub's search needs the package cma: pip install cma.") from error
     tensors = _alike(experts)
@@ -84,7 +82,8 @@ def search(
     except BaseException:
         whole.base_model.unload()
         raise
-    whole.peft_config[adapter_name].lorahub_weights = dict(zip(experts, best[1], strict=True))
+    chosen: Any = whole.peft_config[adapter_name]
+    chosen.lorahub_weights = dict(zip(experts, best[1], strict=True))
     return whole
 
 

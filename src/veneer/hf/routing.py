@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter
-from veneer.core.root import Root
 from veneer.hf.state_dict import tuner_of
 
 
@@ -60,7 +59,7 @@ def routing(model: nn.Module, inputs: Mapping[str, Any], adapter_name: str = "de
     return [_use(path, gates.float(), inputs.get("attention_mask")) for path, gates in found]
 
 
-def _gates(adapters: Sequence[tuple[str, Adapter]], root: Root | None) -> Iterator[tuple[str, Tensor]]:
+def _gates(adapters: Sequence[tuple[str, Adapter]], root: Any) -> Iterator[tuple[str, Tensor]]:
     for path, adapter in adapters:
         gates = getattr(adapter, "routed", None)
         if gates is not None:

@@ -1,0 +1,69 @@
+"""Trained LoRAs as they lie in their folders, checked for whether they can be mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import regex
+from torch import Tensor
+
+from veneer.core.config import PeftConfig
+from veneer.engine import checkpoint
+from veneer.hf import hub
+from veneer.methods.lora_config import VARIANTS_BY_FIELD, LoraConfig
+
+_KEY = regex.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight")
+
+
+@dataclass
+class Expert:
+    """A trained LoRA as it lies on the disk."""
+
+    folder: Path
+    config: LoraConfig
+
+    def factors(self) -> dict[str, dict[str, Tensor]]:
+        """layer's path -> {"A": (r, in), "B": (out, r)}.
+
+        Raises:
+            ValueError: the file holds something else than the factors of layers.
+        """
+        out: dict[str, dict[str, Tensor]] = {}
+        for key, value in checkpoint.read(self.folder).items():
+            found = _KEY.fullmatch(key)
+            if found is None or value.dim() != 2:
+                raise ValueError(
+                    f"{self.folder} holds '{key}' {tuple(value.shape)}, which is no LoRA factor of a linear layer; "
+                    "mix adapters of linear layers."
+                )
+            out.setdefault(found["path"], {})[found["half"]] = value
+        return out
+
+
+def read(adapters: Mapping[str, str | Path]) -> dict[str, Expert]:
+    """Look at every folder, and refuse what cannot be mixed.
+
+    Raises:
+        ValueError: nothing to mix, an adapter that is no plain LoRA, or adapters of different bases.
+    """
+    if not adapters:
+        raise ValueError("Nothing to mix: give adapters={name: folder, ...}.")
+    experts = {}
+    for name, where in adapters.items():
+        folder = hub.resolve(str(where))
+        config = PeftConfig.read(folder)
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"'{name}' ({folder}) is {config.peft_type}; only LoRA adapters can be mixed.")
+        extra = [f for f in (*VARIANTS_BY_FIELD, *_NOT_MIXED) if getattr(config, f)]
+        if extra or config.bias != "none":
+            raise ValueError(f"'{name}' ({folder}) uses {(extra or ['bias'])[0]}; only plain LoRA can be mixed.")
+        experts[name] = Expert(folder, config)
+    bases = {Path(e.config.base_model_name_or_path).name for e in experts.values() if e.config.base_model_name_or_path}
+    if len(bases) > 1:
+        raise ValueError(f"The adapters were trained on different base models: {', '.join(sorted(bases))}.")
+    return experts
+
+
+_NOT_MIXED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias")
