@@ -265,16 +265,15 @@ def ask_llama(model, lora=None):
 
     code = (
         "import json, sys, xllamacpp as x\n"
-        "p = x.CommonParams(); p.model.path = sys.argv[1]; p.n_ctx = 256; p.warmup = False; p.cpuparams.n_threads = 2\n"
+        "p = x.CommonParams(); p.model.path = sys.argv[1]; p.n_ctx = 256; p.warmup = False; p.cpuparams.n_threads = 1\n"
         "if sys.argv[2]:\n"
         "    one = x.CommonAdapterLoraInfo(); one.path, one.scale = sys.argv[2], 1.0; p.lora_adapters = [one]\n"
         "ask = {'messages': [{'role': 'user', 'content': sys.argv[3]}], 'temperature': 0, 'max_tokens': 24}\n"
-        "print('\\n' + json.dumps(x.Server(p).handle_chat_completions(json.dumps(ask))))"
+        "print('\\n' + json.dumps(x.Server(p).handle_chat_completions(ask)))"
     )
     words = [sys.executable, "-c", code, str(model), str(lora or ""), QUESTION]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300)
-    reply = json.loads(done.stdout.strip().splitlines()[-1])
-    reply = json.loads(reply) if isinstance(reply, str) else reply
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=120)
+    reply = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     return reply["choices"][0]["message"]["content"].strip()
 
 

@@ -64,27 +64,28 @@ def show(result: Any) -> None:
     for notice in result.notices:
         console.print(Text.assemble(("note  ", "yellow"), notice))
     table = Table(
-        "method", "held-out loss", "95 %", "trainable", "steps", "seconds", "memory",
+        "method", "loss, 95 %", "trainable", "steps", "seconds", "memory",
         box=None, padding=(0, 2), header_style="bright_black",
     )  # fmt: skip
     for column in table.columns[1:]:
         column.justify = "right"
     for one in result.contenders:
         if not one.scores:
-            table.add_row(Text(one.name, "bold"), Text("failed", "red"), "", f"{one.trainable:,}", f"{one.steps:,}")
+            table.add_row(Text(one.name, "bold"), Text("failed", "red"), f"{one.trainable:,}", f"{one.steps:,}")
             console.print(Text.assemble(("failed  ", "red"), f"{one.name}: {one.failed}"))
             continue
         half = one.interval
         table.add_row(
             Text(one.name, "bold"),
-            f"{one.mean:.4f}",
-            f"± {half:.4f}" if half is not None else "",
+            f"{one.mean:.4f} ± {half:.4f}" if half is not None else f"{one.mean:.4f}",
             f"{one.trainable:,}",
             f"{one.steps:,}",
             f"{fmean(one.seconds):,.0f}",
             f"{max(one.memory) / 1e9:.2f} GB",
         )
-    console.print(f"Equal: {result.budget}. {len(result.seeds)} seeds. The base alone: {result.before:.4f}.")
+    console.print(
+        f"Equal: {result.budget}. {len(result.seeds)} seeds. Loss on held-out rows; the base's is {result.before:.4f}."
+    )
     console.print(table)
     console.print(Text(result.sentence, "bold"))
     console.print(Text("  ".join(result.files), "bright_black"))

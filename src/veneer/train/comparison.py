@@ -115,6 +115,7 @@ def picture(result: Comparison, folder: Path) -> list[str]:
         ("peak memory, GB", [max(one.memory) / 1e9 for one in done]),
         ("seconds of training", [statistics.fmean(one.seconds) for one in done]),
     ]
+    heights = sorted(one.mean for one in done)
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (name, values) in zip(figure.subplots(1, 3, sharey=True), costs, strict=True):
@@ -125,9 +126,18 @@ def picture(result: Comparison, folder: Path) -> list[str]:
             axes.errorbar(
                 x, y, yerr=one.interval or 0, fmt="o", capsize=3, color="#2457c5" if (x, y) in best else "#9aa5b1"
             )
-            axes.annotate(one.name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=9)
+            right = x > (min(values) + max(values)) / 2  # the name stands on the side that has room
+            axes.annotate(
+                one.name,
+                (x, y),
+                xytext=(-7 if right else 7, 6 if heights.index(y) % 2 else -6),
+                textcoords="offset points",
+                ha="right" if right else "left",
+                va="center",
+                fontsize=9,
+            )
         axes.set_xlabel(name)
-        if name == "trainable parameters" and min(values) > 0:
+        if name == "trainable parameters":
             axes.set_xscale("log")
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
