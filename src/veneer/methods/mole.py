@@ -8,8 +8,8 @@ One gate per adapted layer. The paper flattens the whole text into the gate, whi
 each token (``gate="token"``) or the mean over the text's tokens without padding (``gate="sequence"``, which in
 generation with a cache sees the new tokens alone). The experts come from ``veneer.mix``; a bare config starts with
 random ones. e starts at zero: all gates are 1/n. The loss gains ``balance_weight`` (- sum_i log q_i), q_i the mean of
-gate i over all layers and tokens of the batch. Cost per token beside the base layer: 2 n r (in + out) + 2 n^2 out
-FLOPs; it depends on the input, so it cannot be merged.
+gate i over all layers and tokens of the batch. Cost per token beside the base layer: 2 n r (in + out) +
+2 n r (r + n) FLOPs; it depends on the input, so it cannot be merged.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Base
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
+
+EPS = 1e-5
+"""Keeps the normalisation of experts that add nothing finite."""
 
 
 @dataclass
@@ -119,27 +121,38 @@ class Mole(Adapter):
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
-        parts = x.to(self.dtype) @ self.mole_A.flatten(0, 1).T
-        parts = torch.einsum("...nr,nor->...no", parts.unflatten(-1, self.mole_A.shape[:2]), self.mole_B)
-        gates = self.weigh(parts)
+        h = (x.to(self.dtype) @ self.mole_A.flatten(0, 1).T).unflatten(-1, self.mole_A.shape[:2])  # (..., n, r)
+        gates = self.weigh(h)
         self.gates = self._mean(gates) if self.training else None
         self.routed = gates if self.training else None
-        return y + (gates.unsqueeze(-1).to(parts.dtype) * parts).sum(-2).to(y.dtype)
+        gated = (gates.unsqueeze(-1).to(h.dtype) * h).flatten(-2)
+        return y + (gated @ self.mole_B.transpose(1, 2).flatten(0, 1)).to(y.dtype)
 
-    def weigh(self, parts: Tensor) -> Tensor:
-        """(..., n) gates, float32, from what each expert adds (..., n, out)."""
-        seen = parts if self.per_token or parts.dim() < 4 else self._over_text(parts)
-        seen = F.layer_norm(seen.flatten(-2).float(), (self.mole_gate.shape[0],))
-        logits = seen @ self.mole_gate.float() / self.mole_log_tau.float().exp()
+    def weigh(self, h: Tensor) -> Tensor:
+        """(..., n) gates, float32, from A_i x (..., n, r).
+
+        E_i = B_i h_i is n times as wide as the layer, so its mean, variance and product with e are taken in the ranks of
+        the experts:
+        sum |E_i|^2 = sum h_i^T (B_i^T B_i) h_i, E e = sum h_i (B_i^T e_i).
+        """
+        h = h.float() if self.per_token or h.dim() < 4 else self._over_text(h.float())
+        b, (n, out, _) = self.mole_B.float(), self.mole_B.shape
+        e = self.mole_gate.float().unflatten(0, (n, out))
+        mean = (h * b.sum(1)).sum((-2, -1)) / (n * out)
+        square = torch.einsum("...nr,nrs,...ns->...", h, b.transpose(1, 2) @ b, h) / (n * out)
+        product = h.flatten(-2) @ (b.transpose(1, 2) @ e).flatten(0, 1)  # (..., n)
+        spread = (square - mean.square()).clamp(min=0) + EPS
+        logits = (product - mean.unsqueeze(-1) * e.sum((0, 1))) * spread.rsqrt().unsqueeze(-1)
+        logits = logits / self.mole_log_tau.float().exp()
         return logits.masked_fill(~self.kept, -torch.inf).softmax(-1)
 
-    def _over_text(self, parts: Tensor) -> Tensor:
-        """(batch, 1, n, out): the mean over the tokens that are no padding."""
-        mask = self._mask(parts.shape[:2])
+    def _over_text(self, h: Tensor) -> Tensor:
+        """(batch, 1, n, r): the mean over the tokens that are no padding."""
+        mask = self._mask(h.shape[:2])
         if mask is None:
-            return parts.mean(1, keepdim=True)
-        mask = mask.to(parts)[:, :, None, None]
-        return (parts * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+            return h.mean(1, keepdim=True)
+        mask = mask.to(h)[:, :, None, None]
+        return (h * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
 
     def _mean(self, gates: Tensor) -> Tensor:
         """(n,): the mean over the tokens that are no padding."""
