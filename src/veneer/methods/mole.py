@@ -131,9 +131,8 @@ class Mole(Adapter):
     def weigh(self, h: Tensor) -> Tensor:
         """(..., n) gates, float32, from A_i x (..., n, r).
 
-        E_i = B_i h_i is n times as wide as the layer, so its mean, variance and product with e are taken in the ranks of
-        the experts:
-        sum |E_i|^2 = sum h_i^T (B_i^T B_i) h_i, E e = sum h_i (B_i^T e_i).
+        E_i = B_i h_i is n times as wide as the layer, so its mean, variance and product with e are taken within the
+        ranks: sum |E_i|^2 = sum h_i^T (B_i^T B_i) h_i, E e = sum h_i (B_i^T e_i).
         """
         h = h.float() if self.per_token or h.dim() < 4 else self._over_text(h.float())
         b, (n, out, _) = self.mole_B.float(), self.mole_B.shape
