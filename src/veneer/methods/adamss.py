@@ -111,6 +111,10 @@ class Adamss(Additive):
     def fixed(self) -> frozenset[str]:  # type: ignore[override]
         return frozenset(f"adamss_{m}.{c}" for m in "AB" for c in self.out_of_budget)
 
+    def ready(self) -> None:
+        if self.order.is_meta and not self.adamss_newB.is_meta:
+            self.order = torch.argsort(torch.cat(self.rows)).to(self.adamss_newB.device)
+
     def joined(self) -> Tensor:
         """The change of [W | b]."""
         parts = [b @ (a @ self.adamss_newB) for a, b in zip(self.adamss_A, self.adamss_B)]
@@ -136,7 +140,8 @@ class Adamss(Additive):
             if b is not None and len(b) != len(rows):
                 raise ValueError(
                     f"AdaMSS at '{self.site.path}' finds {len(rows)} rows in cluster {c} of the base weight, "
-                    f"but the file has {len(b)}: it was trained on another base model, or on weights of another precision."
+                    f"but the file has {len(b)}: it was trained on another base model, or on weights of another "
+                    "precision."
                 )
         for name, own in (("adamss_A", self.adamss_A), ("adamss_B", self.adamss_B)):
             for c, parameter in enumerate(own):  # the ranks may be the file's

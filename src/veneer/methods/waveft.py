@@ -77,18 +77,14 @@ class WaveFT(Spectral):
         n = shared.of(site) if config.proportional_parameters else config.n_frequency
         start = torch.zeros(n) if config.init_weights else 0.01 * torch.randn(n)
         super().__init__(site, n, config.scaling, config.random_loc_seed, start)
-        if config.use_idwt:
-            low, high = filters(config.wavelet_family)
-            self.register_buffer("filters", torch.tensor([low, high]), persistent=False)
-        else:
-            self.filters = None
+        self.filters = filters(config.wavelet_family) if config.use_idwt else None
 
     def delta_weight(self) -> Tensor:
         c = self.entries()
         if self.filters is None:
             return (self.scaling * c).reshape(self.site.shape)
         rows, width = c.shape
-        border = self.filters.shape[1] // 2 - 1
+        border = len(self.filters[0]) // 2 - 1
         c = F.pad(c, (border, border + width % 2, border, border + rows % 2))
-        change = inverse(c, self.filters.to(c))[:rows, :width]
+        change = inverse(c, c.new_tensor(self.filters))[:rows, :width]
         return (self.scaling * change).reshape(self.site.shape)
