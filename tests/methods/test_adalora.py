@@ -225,3 +225,37 @@ def test_bad_settings_are_refused_in_a_sentence(settings: dict, error: str) -> N
     with pytest.raises(ValueError, match=error):
         tuner.add("a", config(**settings))
     assert not tuner.configs
+
+
+@pytest.mark.parametrize("experts", [False, True])
+def test_a_resumed_run_prunes_as_one_that_was_never_stopped(tmp_path, experts: bool) -> None:
+    def fresh() -> tuple[Tuner, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        targets = {"target_modules": [], "target_parameters": ["layer.gate_up_proj"]} if experts else {}
+        tuner = Tuner(Chain(nn.Linear(8, 8), Experts()) if experts else pair())
+        tuner.add("a", config(tinit=5, tfinal=10, **targets))
+        tuner.set_active("a")
+        return tuner, torch.optim.AdamW([p for p in tuner.parameters() if p.requires_grad], lr=0.05)
+
+    def train(tuner: Tuner, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            x = torch.randn(16, 8, generator=torch.Generator().manual_seed(step))
+            (tuner(x).square().mean() + tuner.penalty()).backward()
+            optimizer.step()
+            tuner.after_step(step + 1)
+            optimizer.zero_grad()
+
+    whole, optimizer = fresh()
+    train(whole, optimizer, range(40))
+    first, optimizer = fresh()
+    train(first, optimizer, range(17))
+    checkpoint.write(tmp_path, checkpoint.tensors(first, "a"))
+    checkpoint.write_training_state(tmp_path, first)
+    again, other = fresh()
+    checkpoint.put(again, "a", checkpoint.read(tmp_path))
+    other.load_state_dict(optimizer.state_dict())
+    checkpoint.read_training_state(tmp_path, again)
+    train(again, other, range(17, 40))
+    assert again.configs["a"].rank_pattern == whole.configs["a"].rank_pattern
+    for ours_now, never in zip(again.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(ours_now, never)

@@ -129,6 +129,13 @@ class Adapter(nn.Module):
         """Tensors that stand in for the layer's own parameters of these names in each call, or None."""
         return None
 
+    def training_state(self) -> dict[str, Tensor]:
+        """What ``after_step`` has gathered so far and a resumed run needs; not part of the adapter's own file."""
+        return {}
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        """Take ``training_state()`` of an earlier run back."""
+
     # ---- the checkpoint ---------------------------------------------------------------------------------------------
     @property
     def holder(self) -> nn.Module:
@@ -280,3 +287,11 @@ class Stacked(Adapter):
     def penalty(self) -> Tensor | None:
         terms = [t for t in (a.penalty() for a in self.each) if t is not None]
         return torch.stack(terms).sum() if terms else None
+
+    def training_state(self) -> dict[str, Tensor]:
+        return {f"each.{i}.{k}": v for i, a in enumerate(self.each) for k, v in a.training_state().items()}
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        for i, adapter in enumerate(self.each):
+            prefix = f"each.{i}."
+            adapter.resume({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})

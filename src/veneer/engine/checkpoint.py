@@ -15,6 +15,7 @@ from veneer.core import registry
 from veneer.core.adapter import Adapter
 from veneer.core.config import PeftConfig
 from veneer.core.files import write_bytes
+from veneer.core.parts import parts_of
 from veneer.core.patterns import nearest
 from veneer.engine.tuner import Tuner
 
@@ -22,6 +23,7 @@ PREFIX = "base_model.model."
 SHARED_PREFIX = "base_model."
 SAFE_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
+STATE_NAME = "adapter_training_state.safetensors"
 
 
 @dataclass
@@ -106,7 +108,7 @@ def tensors(
             own = adapter.outgoing(adapter.original_form(own) if convert else own)
         out |= {prefix + key: value for key, value in own.items()}
     if name in tuner.prompts:
-        out |= prompt_tensors(tuner.prompts[name])
+        out |= {k: values(v) if values else v for k, v in prompt_tensors(tuner.prompts[name]).items()}
     empty = [key for key, value in out.items() if value.numel() == 0]
     if empty:
         raise ValueError(
@@ -213,6 +215,7 @@ def _assign(holder: nn.Module, key: str, value: Tensor) -> None:
     path, _, leaf = key.rpartition(".")
     owner = holder.get_submodule(path)
     current = getattr(owner, leaf)
+    value = parts_of(current, value)
     with torch.no_grad():
         if current.device.type != "meta":
             current.copy_(value)
@@ -270,3 +273,28 @@ def read(folder: str | Path, device: str | torch.device = "cpu") -> dict[str, Te
     raise FileNotFoundError(
         f"{folder} holds neither {SAFE_NAME} nor {BIN_NAME}, so there are no adapter weights to load."
     )
+
+
+def write_training_state(folder: str | Path, tuner: Tuner) -> None:
+    """Write what the methods have gathered between steps (AdaLoRA's scores), where there is any."""
+    found = {
+        f"{name}/{place}/{key}": value.detach().cpu().contiguous()
+        for name in tuner.configs
+        for place, adapter in tuner.adapters(name)
+        for key, value in adapter.training_state().items()
+    }
+    if found:
+        write_bytes(Path(folder) / STATE_NAME, lambda temporary: save_file(found, temporary))
+
+
+def read_training_state(folder: str | Path, tuner: Tuner) -> None:
+    """Give the methods back what an earlier run had gathered, if that run wrote any."""
+    path = Path(folder) / STATE_NAME
+    if not path.is_file():
+        return
+    with safe_open(path, framework="pt") as file:
+        found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+    for name in tuner.configs:
+        for place, adapter in tuner.adapters(name):
+            prefix = f"{name}/{place}/"
+            adapter.resume({k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)})

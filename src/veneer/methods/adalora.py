@@ -193,6 +193,15 @@ class AdaLora(Additive):
             uncertain = beta2 * uncertain + (1 - beta2) * (now - smooth).abs()
             self._seen[name] = smooth, uncertain
 
+    def training_state(self) -> dict[str, Tensor]:
+        names = ("smooth", "uncertain")
+        return {f"{key}.{n}": t for key, both in self._seen.items() for n, t in zip(names, both, strict=True)}
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        keys = {key.rpartition(".")[0] for key in state if key.endswith(".smooth")}
+        device = self.lora_E.device
+        self._seen = {k: (state[f"{k}.smooth"].to(device), state[f"{k}.uncertain"].to(device)) for k in keys}
+
     def scores(self) -> Tensor:
         """S (r,), of what the gradients have shown so far."""
         zero = torch.zeros(self.lora_E.shape[0], device=self.lora_E.device)

@@ -134,6 +134,18 @@ class Adamss(Additive):
         parts = [h @ a.mT @ b.mT for a, b in zip(self.adamss_A, self.adamss_B)]
         return torch.cat(parts, -1)[..., self.order]
 
+    def training_state(self) -> dict[str, Tensor]:
+        names = ("smooth", "uncertain")
+        return {f"{key}.{n}": t for key, both in self.importance.items() for n, t in zip(names, both, strict=True)} | {
+            "out_of_budget": torch.tensor(sorted(self.out_of_budget), dtype=torch.long)
+        }
+
+    def resume(self, state: dict[str, Tensor]) -> None:
+        keys = {key.rpartition(".")[0] for key in state if key.endswith(".smooth")}
+        device = self.adamss_newB.device
+        self.importance = {k: (state[f"{k}.smooth"].to(device), state[f"{k}.uncertain"].to(device)) for k in keys}
+        self.out_of_budget = frozenset(state["out_of_budget"].tolist()) if "out_of_budget" in state else frozenset()
+
     def incoming(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for c, rows in enumerate(self.rows):
             b = tensors.get(f"adamss_B.{c}")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import veneer as library
 import veneer.methods  # fills the table of methods
 from veneer.core import registry
+from veneer.engine import checkpoint
 from veneer.methods.lora_calibrate import NEEDS_DATA
 from veneer.train.document import Loc
 
@@ -195,6 +196,16 @@ def add(model: Any, folder: str | Path, name: str) -> None:
 def restore(model: Any, folder: str | Path) -> None:
     """Put the tensors of ``folder`` into the adapter ``model`` has."""
     library.set_peft_model_state_dict(model, library.load_peft_weights(str(folder), device="cpu"))
+
+
+def save_training_state(model: Any, folder: str | Path) -> None:
+    """Write what the method gathers between steps, for a run that goes on from ``folder``."""
+    checkpoint.write_training_state(folder, model.base_model)
+
+
+def load_training_state(model: Any, folder: str | Path) -> None:
+    """Give the method back what it had gathered when ``folder`` was written."""
+    checkpoint.read_training_state(folder, model.base_model)
 
 
 def read_config(folder: str | Path) -> Any:

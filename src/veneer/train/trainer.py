@@ -150,10 +150,13 @@ class AdapterTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        adapters.save_training_state(self.accelerator.unwrap_model(self.model), folder)
         (folder / WHOLE).write_text(json.dumps({"step": self.state.global_step}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        adapters.restore(self.accelerator.unwrap_model(self.model), resume_from_checkpoint)
+        own = self.accelerator.unwrap_model(self.model)
+        adapters.restore(own, resume_from_checkpoint)
+        adapters.load_training_state(own, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         adapters.restore(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
