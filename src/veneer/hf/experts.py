@@ -11,8 +11,10 @@ from torch import Tensor
 
 from veneer.core.config import PeftConfig
 from veneer.engine import checkpoint
+from veneer.engine.tuner import Tuner
 from veneer.hf import hub
 from veneer.methods.lora_config import VARIANTS_BY_FIELD, LoraConfig
+from veneer.methods.mole import Mole, MoleConfig
 
 _KEY = regex.compile(r"base_model\.model\.(?P<path>.+)\.lora_(?P<half>[AB])\.weight")
 
@@ -67,3 +69,46 @@ def read(adapters: Mapping[str, str | Path]) -> dict[str, Expert]:
 
 
 _NOT_MIXED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias")
+
+
+# ---- into a MoLE ----------------------------------------------------------------------------------------------------
+Held = dict[str, tuple[Expert, dict[str, dict[str, Tensor]]]]
+"""expert -> what its folder is, and its factors by layer."""
+
+
+def completed(config: PeftConfig) -> Held:
+    """The experts that a mixture's settings name, which these are completed from; empty for any other settings.
+
+    Raises:
+        ValueError: see ``read`` and ``Expert.factors``.
+    """
+    if not isinstance(config, MoleConfig) or not config.adapters:
+        return {}
+    held = {name: (e, e.factors()) for name, e in read(config.adapters).items()}
+    config.experts = list(held)
+    config.r = max(pair["A"].shape[0] for _, layers in held.values() for pair in layers.values())
+    config.target_modules = {path for _, layers in held.values() for path in layers}
+    return held
+
+
+def hold(tuner: Tuner, name: str, held: Held) -> None:
+    """Put the experts' factors into a freshly planted mixture.
+
+    Raises:
+        ValueError: an expert of another base.
+    """
+    for place, adapter in tuner.adapters(name):
+        if isinstance(adapter, Mole):
+            adapter.hold([_fitting(adapter, e, layers.get(place), place) for e, layers in held.values()])
+
+
+def _fitting(gated: Mole, expert: Expert, pair: dict[str, Tensor] | None, place: str) -> tuple[Tensor, Tensor] | None:
+    if pair is None:
+        return None
+    a, b = pair["A"], pair["B"]
+    if a.shape[1] != gated.mole_A.shape[2] or b.shape[0] != gated.mole_B.shape[1]:
+        wanted = (gated.mole_B.shape[1], gated.mole_A.shape[2])
+        raise ValueError(
+            f"{expert.folder} was trained on another base: its '{place}' is {(b.shape[0], a.shape[1])}, here {wanted}."
+        )
+    return a, expert.config.at(place).scaling * b.float()  # type: ignore[attr-defined]

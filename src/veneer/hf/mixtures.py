@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from veneer.hf.experts import Expert, read
 from veneer.hf.lorahub import search
@@ -49,35 +49,9 @@ def mix(
 
 # ---- one function a method ----------------------------------------------------------------------------------------
 def _mole(model: nn.Module, experts: dict[str, Expert], name: str, options: dict[str, Any]) -> PeftModel:
-    factors = {expert: e.factors() for expert, e in experts.items()}
     first = next(iter(experts.values())).config
-    config = MoleConfig(
-        experts=list(experts),
-        r=max(pair["A"].shape[0] for layers in factors.values() for pair in layers.values()),
-        target_modules=sorted({path for layers in factors.values() for path in layers}),
-        task_type=first.task_type,
-        **options,
-    )
-    whole = get_peft_model(model, config, name)
-    try:
-        for place, adapter in whole.base_model.adapters(name):
-            adapter.hold([_fitting(adapter, experts[e], layers.get(place), place) for e, layers in factors.items()])
-    except BaseException:
-        whole.base_model.unload()
-        raise
-    return whole
-
-
-def _fitting(gated: Mole, expert: Expert, pair: dict[str, Tensor] | None, place: str) -> tuple[Tensor, Tensor] | None:
-    if pair is None:
-        return None
-    a, b = pair["A"], pair["B"]
-    if a.shape[1] != gated.mole_A.shape[2] or b.shape[0] != gated.mole_B.shape[1]:
-        wanted = (gated.mole_B.shape[1], gated.mole_A.shape[2])
-        raise ValueError(
-            f"{expert.folder} was trained on another base: its '{place}' is {(b.shape[0], a.shape[1])}, here {wanted}."
-        )
-    return a, expert.config.at(place).scaling * b.float()  # type: ignore[attr-defined]
+    adapters = {expert: str(e.folder) for expert, e in experts.items()}
+    return get_peft_model(model, MoleConfig(adapters=adapters, task_type=first.task_type, **options), name)
 
 
 def _xlora(model: nn.Module, experts: dict[str, Expert], name: str, options: dict[str, Any]) -> PeftModel:

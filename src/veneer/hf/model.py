@@ -19,7 +19,7 @@ from veneer.core.config import CONFIG_NAME, PeftConfig, TaskType
 from veneer.core.prompt import Prompt
 from veneer.core.root import Root
 from veneer.engine import checkpoint
-from veneer.hf import card, hub, prompted_generation, prompts, status, ties
+from veneer.hf import card, experts, hub, prompted_generation, prompts, status, ties
 from veneer.hf.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from veneer.hf.tuner import meta_to_layers, tuner_class
 
@@ -76,6 +76,7 @@ class PeftModel(nn.Module):
     def _add(self, name: str, config: Any, low_cpu_mem_usage: bool, autocast: bool) -> None:
         base = self.base_model.model
         self._add_members(config)
+        held = experts.completed(config)
         if config.task_type is None and config.auto_mapping is None:
             config.auto_mapping = {
                 "base_model_class": type(base).__name__,
@@ -95,6 +96,12 @@ class PeftModel(nn.Module):
             missing = [h for h in HEADS[config.task_type] if h not in heads]  # type: ignore[index]
             planted.modules_to_save = [m for m in config.modules_to_save or [] if m not in missing]
         self.base_model.inject(name, planted, low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast)
+        try:
+            if held:
+                experts.hold(self.base_model, name, held)
+        except BaseException:
+            self.base_model.delete(name)
+            raise
         if planted is not config:
             vars(config).update({k: v for k, v in vars(planted).items() if k != "modules_to_save"})
             self.base_model.configs[name] = config

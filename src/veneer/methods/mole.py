@@ -6,9 +6,9 @@
 
 One gate per adapted layer. The paper flattens the whole text into the gate, which fixes its length; here the gate reads
 each token (``gate="token"``) or the mean over the text's tokens without padding (``gate="sequence"``, which in
-generation with a cache sees the new tokens alone). The experts come from ``veneer.mix``; a bare config starts with
-random ones. e starts at zero: all gates are 1/n. The loss gains ``balance_weight`` (- sum_i log q_i), q_i the mean of
-gate i over all layers and tokens of the batch. Cost per token beside the base layer: 2 n r (in + out) +
+generation with a cache sees the new tokens alone). The experts come from the folders in ``adapters``; without any,
+random ones stand in. e starts at zero: all gates are 1/n. The loss gains ``balance_weight`` (- sum_i log q_i), q_i the
+mean of gate i over all layers and tokens of the batch. Cost per token beside the base layer: 2 n r (in + out) +
 2 n r (r + n) FLOPs; it depends on the input, so it cannot be merged.
 """
 
@@ -32,8 +32,14 @@ EPS = 1e-5
 
 @dataclass
 class MoleConfig(LayerConfig):
-    """Settings of MoLE. ``experts`` are the names of the mixed LoRAs, ``r`` the largest of their ranks."""
+    """Settings of MoLE.
 
+    ``adapters`` maps a name for each trained LoRA to its folder; what else describes them is read off those folders:
+    ``experts`` (their names), ``r`` (the largest of their ranks) and ``target_modules``. A saved mixture holds its
+    experts, so the folders are not written down.
+    """
+
+    adapters: dict[str, str] | None = field(default=None, metadata={"never_saved": True})
     experts: list[str] = field(default_factory=list)
     r: int = 8
     gate: str = "token"
@@ -43,8 +49,8 @@ class MoleConfig(LayerConfig):
 
     def check(self) -> None:
         """Refuse a mixture of nothing and an unknown gate."""
-        if not self.experts or len(set(self.experts)) != len(self.experts):
-            raise ValueError(f"MoLE needs the distinct names of the LoRAs it mixes as experts, not {self.experts}.")
+        if not (self.experts or self.adapters) or len(set(self.experts)) != len(self.experts):
+            raise ValueError(f"MoLE mixes trained LoRAs: give adapters={{name: folder, ...}}, not {self.experts or self.adapters}.")
         if self.gate not in ("token", "sequence"):
             raise ValueError(f"gate must be 'token' or 'sequence', not '{self.gate}'.")
         if self.r < 1:
