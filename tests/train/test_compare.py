@@ -132,3 +132,28 @@ def test_the_recommendation_says_no_more_than_the_seeds_show():
 def test_the_front_holds_what_nothing_beats_in_both():
     assert front([(1, 5), (2, 3), (3, 4), (4, 1), (2, 3.5)]) == [0, 1, 3]
     assert comparison.front([]) == []
+
+
+def test_a_budget_of_time_is_measured_once(base, facts, tmp_path):
+    """Measured again it would give another number of steps, and finished runs would not be found."""
+    found = []
+    for _ in range(2):
+        runner = Runner()
+        result = compare(settings(base, facts, tmp_path), ["lora", "ia3"], Budget.parse("time=0.1"), 1, execute=runner)
+        found.append(([one.steps for one in result.contenders], len(runner.runs)))
+    (first, runs), (second, again) = found
+    assert first == second and (runs, again) == (2, 0)
+    assert all(1 <= steps <= 100 for steps in first)
+
+
+def test_a_method_that_fails_is_named_and_the_others_are_compared(base, facts, tmp_path):
+    runner = Runner()
+
+    def execute(file):
+        return "out of memory" if "ia3" in str(file.parent.name) else runner(file)
+
+    result = compare(
+        settings(base, facts, tmp_path), ["lora:r=2", "ia3", "lora:r=4"], Budget("steps"), 1, execute=execute
+    )
+    assert result.contenders[-1].name == "ia3" and result.contenders[-1].failed == "out of memory"
+    assert "ia3" not in result.sentence
