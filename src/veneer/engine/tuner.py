@@ -15,6 +15,7 @@ from veneer.core import registry
 from veneer.core.adapter import Adapter
 from veneer.core.backends import keep_layout
 from veneer.core.config import PeftConfig
+from veneer.core.parts import is_cut
 from veneer.core.root import Root
 from veneer.core.sites import Site
 from veneer.engine import blueprint, root
@@ -501,6 +502,12 @@ class Tuner(nn.Module):
         if weighing:
             raise ValueError(f"'{weighing[0]}' weighs its adapters by the input, so they cannot be merged with it.")
         todo = [h for h in self._all_hosts(innermost_first=True) if any(n in h.adapters for n in chosen)]
+        for host in todo:
+            if any(is_cut(p) for p in host.site.module.parameters(recurse=False)):
+                raise ValueError(
+                    f"The weight of '{host.site.path}' is sharded between processes, so nothing can be merged into it; "
+                    "save the adapter, and merge it in one process."
+                )
         for host in todo:
             for name in chosen:
                 if name not in host.adapters:

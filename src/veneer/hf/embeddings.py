@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from veneer.core import registry
 from veneer.core.adapter import Adapter
+from veneer.core.parts import parts_of
 from veneer.engine.adapted import Adapted, hosts
 from veneer.engine.checkpoint import PREFIX
 from veneer.engine.targets import original, walk
@@ -181,4 +182,4 @@ def put_embeddings(tuner: Tuner, taken: dict[str, Tensor]) -> None:
     for table in tables(tuner.model):
         if table.path in taken:
             with torch.no_grad():
-                table.weight.copy_(taken[table.path])
+                table.weight.copy_(parts_of(table.weight, taken[table.path]))

@@ -19,7 +19,7 @@ from veneer.core.config import CONFIG_NAME, PeftConfig, TaskType
 from veneer.core.prompt import Prompt
 from veneer.core.root import Root
 from veneer.engine import checkpoint
-from veneer.hf import card, experts, hub, prompted_generation, prompts, status, ties
+from veneer.hf import card, experts, hub, prompted_generation, prompts, sharded, status, ties
 from veneer.hf.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from veneer.hf.tuner import meta_to_layers, tuner_class
 
@@ -75,6 +75,7 @@ class PeftModel(nn.Module):
     # ---- adapters ---------------------------------------------------------------------------------------------------
     def _add(self, name: str, config: Any, low_cpu_mem_usage: bool, autocast: bool) -> None:
         base = self.base_model.model
+        sharded.refuse_late(self)
         self._add_members(config)
         held = experts.completed(config)
         if config.task_type is None and config.auto_mapping is None:
@@ -279,6 +280,8 @@ class PeftModel(nn.Module):
     ) -> None:
         """Write adapters: "default" into the folder itself, others into sub-folders of their names.
 
+        Of a model that processes share (FSDP2, ZeRO-3) every process calls this, for the tensors are gathered.
+
         Args:
             save_directory: the folder; made if need be.
             safe_serialization: safetensors; False writes ``adapter_model.bin``.
@@ -293,7 +296,7 @@ class PeftModel(nn.Module):
             kwargs: ``state_dict``: take tensors from there instead of from the model.
 
         Raises:
-            ValueError: ``save_directory`` is a file, or an unknown adapter.
+            ValueError: ``save_directory`` is a file, an unknown adapter, or tensors whose parts cannot be gathered.
             OSError: the disk is full; what stood there before is untouched.
         """
         folder = Path(save_directory)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.core.parts import is_cut, whole
 from veneer.engine import checkpoint
 from veneer.engine.tuner import Tuner
-from veneer.hf import embeddings, hub
+from veneer.hf import embeddings, hub, sharded
 from veneer.methods.lora_calibrate import NEEDS_DATA
 
 
@@ -39,7 +40,9 @@ def get_peft_model_state_dict(
     save_embedding_layers: str | bool = "auto",
     convert: bool | None = None,
 ) -> dict[str, Tensor]:
-    """One adapter's tensors under the keys of ``adapter_model.safetensors``.
+    """One adapter's tensors under the keys of ``adapter_model.safetensors``, gathered where processes share them.
+
+    Where the model is sharded (FSDP2, ZeRO-3), every process must call this, unless a gathered ``state_dict`` is given.
 
     Args:
         model: a PeftModel, a tuner, or a model that adapters were injected into.
@@ -59,19 +62,28 @@ def get_peft_model_state_dict(
     tuner._require(adapter_name)
     if convert is None:
         convert = _must_convert(tuner, adapter_name, injected=hasattr(model, "_veneer_tuner"))
-    values = None if state_dict is None else _from_whole(model, state_dict)
-    found = checkpoint.tensors(tuner, adapter_name, convert, values)
-    found |= embeddings.saved_embeddings(tuner, adapter_name, save_embedding_layers)
+    values = whole if state_dict is None else _from_whole(model, state_dict)
+    with sharded.filled(tuner, adapter_name):
+        found = checkpoint.tensors(tuner, adapter_name, convert, values)
+        tables = embeddings.saved_embeddings(tuner, adapter_name, save_embedding_layers)
+        found |= {key: values(table) for key, table in tables.items()}
+        found = sharded.kept(tuner, adapter_name, found)
+        sharded.require_whole(tuner, adapter_name, found)
     if isinstance(model, Tuner) or hasattr(model, "_veneer_tuner"):
         own = checkpoint.SHARED_PREFIX if isinstance(model, Tuner) else checkpoint.PREFIX
         found = {k.removeprefix(own): v for k, v in found.items()}
     return found
 
 
-def _from_whole(model: nn.Module, whole: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+def _from_whole(model: nn.Module, gathered: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """Live tensor -> its value in a state dict of the whole model, matched by the live tensors' identity."""
-    named = {v.data_ptr(): k for k, v in model.state_dict(keep_vars=True).items() if v.numel()}
-    return lambda value: whole.get(named.get(value.data_ptr(), ""), value)
+    named = {_place(v): k for k, v in model.state_dict(keep_vars=True).items() if v.numel()}
+    return lambda value: whole(gathered.get(named.get(_place(value), ""), value))
+
+
+def _place(value: Tensor) -> int:
+    """The address of a tensor's values, or of the first of them that this process holds."""
+    return (value.to_local() if is_cut(value) else value).data_ptr()  # type: ignore[attr-defined]
 
 
 def _must_convert(tuner: Tuner, name: str, injected: bool) -> bool:
@@ -96,7 +108,7 @@ def set_peft_model_state_dict(
     low_cpu_mem_usage: bool = False,
     strict: bool = False,
 ) -> checkpoint.LoadReport:
-    """Put tensors under file keys into one adapter.
+    """Put tensors under file keys into one adapter; where it is sharded, full tensors, given on every process.
 
     Returns:
         A report with ``missing_keys`` and ``unexpected_keys``.
@@ -113,7 +125,8 @@ def set_peft_model_state_dict(
     elif hasattr(model, "_veneer_tuner"):
         tensors = {checkpoint.PREFIX + k if not k.startswith("base_model.") else k: v for k, v in tensors.items()}
     tables = embeddings.take_embeddings(tuner, adapter_name, tensors)
-    report = checkpoint.put(tuner, adapter_name, tensors, strict, ignore_mismatched_sizes)
+    with sharded.filled(tuner, adapter_name):
+        report = checkpoint.put(tuner, adapter_name, tensors, strict, ignore_mismatched_sizes)
     embeddings.put_embeddings(tuner, tables)
     return report
 
