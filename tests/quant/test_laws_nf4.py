@@ -47,7 +47,7 @@ def planted(row: Row) -> tuple[Tuner, torch.Tensor]:
 @pytest.mark.parametrize("row", [r for r in CASES if refused(r)], ids=lambda row: row.name)
 def test_what_needs_a_float_weight_says_so(row: Row) -> None:
     tuner = Tuner(base_model()[0])
-    with pytest.raises(ValueError, match=r"'layer'.*(float|packed)"):
+    with pytest.raises(ValueError, match=r"float|packed"):
         tuner.add("a", config_for(row, "linear"))
     assert type(tuner.model.layer) is Nf4Linear
 

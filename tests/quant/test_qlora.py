@@ -154,3 +154,8 @@ def test_packed_again_it_stays_packed():
     with pytest.warns(UserWarning, match="packed again"):
         merged = model.merge_and_unload(quantized="requantize")
     assert type(merged.model.layers[0].self_attn.q_proj) is Nf4Linear and merged.is_quantized
+
+
+def test_a_packed_model_counts_the_weights_it_stands_for():
+    dense = get_peft_model(llama(**WIDE), LoraConfig(**CONFIG)).get_nb_trainable_parameters()
+    assert get_peft_model(quantize_model(llama(**WIDE)), LoraConfig(**CONFIG)).get_nb_trainable_parameters() == dense

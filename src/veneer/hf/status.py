@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from veneer.core import registry
+from veneer.core.nf4_linear import Nf4Linear
 from veneer.core.quant import backend
 from veneer.engine.adapted import Adapted
 from veneer.engine.tuner import Tuner
@@ -114,6 +115,7 @@ def count(model: nn.Module) -> tuple[int, int]:
             n = n * 2 * (storage.itemsize if storage is not None else 1)
         total += n
         trainable += n if parameter.requires_grad else 0
+    total += sum(m.layout.values - m.weight.numel() for m in model.modules() if isinstance(m, Nf4Linear))
     return trainable, total
 
 

@@ -9,7 +9,6 @@ double quantisation the block constants (float32); then two codes a byte. Being 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -63,9 +62,9 @@ def unpacked(data: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     constants = wide.view(torch.float32)
     if layout.double:
         mean, outer = constants[0], constants[1:]
-        table = nf4.dynamic_levels().to(data.device)
+        table = _on(DYNAMIC, data.device, torch.float32)
         constants = table[narrow.int()] * outer.repeat_interleave(nf4.OUTER_BLOCK)[: layout.blocks] + mean
-    pairs = F.embedding(codes.int(), _pairs(str(data.device), dtype)).flatten()  # (values), and one more if odd
+    pairs = F.embedding(codes.int(), _on(PAIRS, data.device, dtype)).flatten()  # (values), and one more if odd
     constants = constants.to(dtype)
     whole = layout.values // layout.block * layout.block
     dense = pairs[:whole].view(-1, layout.block) * constants[: whole // layout.block, None]
@@ -74,11 +73,24 @@ def unpacked(data: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     return dense.view(layout.shape)
 
 
-@functools.cache
-def _pairs(device: str, dtype: torch.dtype) -> Tensor:
-    """(256, 2): the two values of each byte."""
-    byte, levels = torch.arange(256, device="cpu"), nf4.levels()
-    return torch.stack([levels[byte >> 4], levels[byte & 15]], dim=1).to(device, dtype)
+def _on(table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return table.to(device, dtype)
+    key = id(table), device, dtype
+    if key not in _COPIES:  # once a device: a copy from the host would have each product wait for it
+        copied = table.to(device, dtype)
+        if type(copied) is not Tensor:
+            return copied  # a stand-in without values, as tracers use them
+        _COPIES[key] = copied
+    return _COPIES[key]
+
+
+_COPIES: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+with torch.device("cpu"):  # made here, once, so that no tracer and no device context sees them made
+    DYNAMIC = nf4.dynamic_levels()
+    _BYTE = torch.arange(256)
+    PAIRS = torch.stack([nf4.levels()[_BYTE >> 4], nf4.levels()[_BYTE & 15]], dim=1)
+"""(256, 2): the two values of each byte."""
 
 
 class _Product(torch.autograd.Function):

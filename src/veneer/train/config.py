@@ -44,7 +44,9 @@ class Model(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     device: str = "auto"
-    quantize: Literal["none", "nf4", "fp4", "int8"] = Field("none", description="By bitsandbytes, while loading.")
+    quantize: Literal["none", "nf4", "bnb-nf4", "fp4", "int8"] = Field(
+        "none", description="nf4: built in, by bitsandbytes on CUDA where it is installed; the others: by bitsandbytes."
+    )
     double_quant: bool = Field(True, description="Quantise the scales of nf4 and fp4 too.")
     trust_remote_code: bool = False
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import importlib.util
 import os
 import warnings
@@ -15,6 +14,8 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from veneer.core.backends import keep_layout
+from veneer.core.nf4_linear import quantize_model
 from veneer.train.config import Model
 
 TEMPLATES = {
@@ -122,30 +123,21 @@ def load_model(model: Model, dtype: torch.dtype | None = None) -> nn.Module:
     options = _common(model) | {"dtype": dtype or dtype_of(model, device)}
     if model.attention != "auto":
         options["attn_implementation"] = model.attention
-    if model.quantize != "none":
+    packs = model.quantize != "none" and not _built_in(model, device)
+    if packs:
         options |= {"quantization_config": _quantization(model, options["dtype"]), "device_map": {"": device}}
     loaded = _loading(model, model.path, lambda: AutoModelForCausalLM.from_pretrained(model.path, **options))
-    if model.quantize == "none":
-        return loaded.to(device).eval()
-    if device.type == "cpu":
-        _stay_trainable(loaded)
-    return loaded.eval()
+    if packs:
+        keep_layout(loaded)
+        return loaded.eval()
+    if model.quantize != "none":
+        loaded = quantize_model(loaded, double_quant=model.double_quant)
+    return loaded.to(device).eval()
 
 
-def _stay_trainable(model: nn.Module) -> None:
-    """Keep bitsandbytes' 4-bit layers in training mode, which changes nothing that they compute.
-
-    In evaluation mode on a CPU they repack their weights for a faster kernel, and from then on their gradients are
-    wrong (bitsandbytes 0.50: the input's gradient of SmolLM2 has nothing in common with the one before).
-    """
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.train = functools.partial(_training, module)  # type: ignore[method-assign]
-            module.train()
-
-
-def _training(module: nn.Module, mode: bool = True) -> nn.Module:
-    return nn.Module.train(module, True)
+def _built_in(model: Model, device: torch.device) -> bool:
+    """Whether our own NF4 serves: everywhere but on CUDA with bitsandbytes, whose kernels are the faster ones there."""
+    return model.quantize == "nf4" and not (device.type == "cuda" and importlib.util.find_spec("bitsandbytes"))
 
 
 def _quantization(model: Model, dtype: torch.dtype) -> Any:
@@ -155,7 +147,7 @@ def _quantization(model: Model, dtype: torch.dtype) -> Any:
         return transformers.BitsAndBytesConfig(load_in_8bit=True)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=model.quantize,
+        bnb_4bit_quant_type=model.quantize.removeprefix("bnb-"),
         bnb_4bit_use_double_quant=model.double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
@@ -164,7 +156,9 @@ def _quantization(model: Model, dtype: torch.dtype) -> Any:
 def meta_model(model: Model, config: Any, dtype: torch.dtype) -> nn.Module:
     """The model without its weights: names and shapes only."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+    four_bit = model.quantize in ("nf4", "bnb-nf4", "fp4")  # which take the same bytes, whoever packs them
+    return quantize_model(skeleton, double_quant=model.double_quant) if four_bit else skeleton
 
 
 def _common(model: Model) -> dict[str, Any]:
