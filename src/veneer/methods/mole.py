@@ -50,7 +50,10 @@ class MoleConfig(LayerConfig):
     def check(self) -> None:
         """Refuse a mixture of nothing and an unknown gate."""
         if not (self.experts or self.adapters) or len(set(self.experts)) != len(self.experts):
-            raise ValueError(f"MoLE mixes trained LoRAs: give adapters={{name: folder, ...}}, not {self.experts or self.adapters}.")
+            raise ValueError(
+                "MoLE mixes trained LoRAs under distinct names: give adapters={name: folder, ...}, not "
+                f"{self.experts or self.adapters}."
+            )
         if self.gate not in ("token", "sequence"):
             raise ValueError(f"gate must be 'token' or 'sequence', not '{self.gate}'.")
         if self.r < 1:
