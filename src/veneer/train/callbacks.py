@@ -65,6 +65,9 @@ class Metrics(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Drop the lines that a resumed run will write again."""
+        self.started = time.monotonic()
+        if not state.is_world_process_zero:
+            return
         kept = []
         if self.path.exists():
             for line in self.path.read_text().splitlines():
@@ -76,7 +79,6 @@ class Metrics(TrainerCallback):
                     kept.append(line)
                     self.before = one.get("seconds", self.before)
         self.path.write_text("".join(line + "\n" for line in kept))
-        self.started = time.monotonic()
 
     def on_log(
         self,
@@ -86,7 +88,9 @@ class Metrics(TrainerCallback):
         logs: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """Append one line."""
+        """Append one line; the first process does, for all."""
+        if not state.is_world_process_zero:
+            return
         seconds = self.before + time.monotonic() - self.started
         line = {"step": state.global_step, "epoch": round(state.epoch or 0, 4), **logs}
         line |= {"tokens": self.seen(), "seconds": round(seconds, 2), "memory": models.memory(self.device)}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -91,14 +92,17 @@ def run(prepared: Prepared, console: Console, resume: bool = False) -> Outcome:
         return outcome
     if trainer.state.best_model_checkpoint:
         outcome.best_step = int(trainer.state.best_model_checkpoint.rsplit("-", 1)[1])
-    model.save_pretrained(str(folder))
-    prepared.tokenizer.save_pretrained(str(folder))
+    main = trainer.is_world_process_zero()
+    model.save_pretrained(str(folder), is_main_process=main)
+    if main:
+        prepared.tokenizer.save_pretrained(str(folder))
     _after(prepared, model, outcome)
     outcome.peak_memory = models.peak_memory(device)
     outcome.adapter_bytes = sum(file.stat().st_size for file in folder.glob("adapter_model.*"))
     outcome.data = _summary(prepared)
-    (folder / "report.json").write_text(json.dumps(_plain(outcome), indent=2, ensure_ascii=False) + "\n")
-    html.write(folder)
+    if main:
+        (folder / "report.json").write_text(json.dumps(_plain(outcome), indent=2, ensure_ascii=False) + "\n")
+        html.write(folder)
     return outcome
 
 
@@ -171,6 +175,8 @@ def _open(prepared: Prepared, folder: Path, resume: bool) -> Path | None:
             f"'{folder}' holds a run already. Go on with it by --resume, replace it by --overwrite, or name another "
             "folder with --out."
         )
+    if int(os.environ.get("RANK", 0)):
+        return None  # the first process clears the folder, for all
     for old in [*(folder / "checkpoints").glob("checkpoint-*")]:
         shutil.rmtree(old)
     for name in ("metrics.jsonl", "before.json", "report.json", "report.html"):
