@@ -240,14 +240,7 @@ class PeftModel(nn.Module):
     # ---- counting ---------------------------------------------------------------------------------------------------
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameter counts; packed 4-bit parameters count as what they stand for."""
-        trainable = total = 0
-        for parameter in self.parameters():
-            count = parameter.numel()
-            if parameter.__class__.__name__ == "Params4bit":
-                count = count * 2 * getattr(parameter, "element_size", lambda: 1)()
-            total += count
-            trainable += count if parameter.requires_grad else 0
-        return trainable, total
+        return status.count(self)
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()
