@@ -17,16 +17,27 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "src")]
 
-from laws.kinds import KINDS
+from laws.kinds import KINDS, Chain, Kind
 from laws.table import Row, rows
 from laws.test_laws import base_model, config_for, near, planted
 
 import veneer.methods  # noqa: F401 - enters the methods into the registry
 from veneer.core import registry
+from veneer.core.nf4_linear import Nf4Linear
+
+
+def packed() -> nn.Module:
+    """The linear kind's model with its layer in NF4."""
+    plain = KINDS["linear"].build()
+    return Chain(plain.first, Nf4Linear.of(plain.layer.weight, plain.layer.bias))
+
+
+KINDS["linear_nf4"] = Kind("linear_nf4", packed, KINDS["linear"].inputs, KINDS["linear"].targets)
 
 
 def changes_and_is_off(row: Row, kind: str) -> bool:

@@ -164,7 +164,9 @@ def both_ways(
 def _same_gradients(here: dict[str, Tensor], there: dict[str, Tensor], tolerance: float) -> None:
     shared = {k: f"{k.removeprefix('base_model.')}" for k in here if not k.startswith("base_model.model.")}
     for key, leaf in shared.items():  # the peer registers a shared tensor at its first layer
-        there |= {key: g for name, g in there.items() if name.endswith("." + leaf)}
+        for name, gradient in list(there.items()):
+            if name.endswith("." + leaf):
+                there[key] = gradient
     common = here.keys() & there.keys()
     assert common, f"no gradient has a common key: {sorted(here)[:3]} and {sorted(there)[:3]}"
     for key in common:

@@ -90,7 +90,7 @@ class _Step(nn.Module):
         logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)
         loss = F.cross_entropy(logits.float(), labels)
         del logits
-        kept = int(self.ledger.live)
+        kept = int(self.ledger.live)  # type: ignore[arg-type]
         loss.backward()
         return kept
 
