@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from laws.kinds import KINDS, Chain
+from laws.kinds import ALL, KINDS, Chain
 from methods.test_lora import base_of, inputs_of
 from parity import both_ways, call, near, needs_peer, ours, peer, read, read_by_peer, write
 from veneer import LoraConfig
@@ -52,7 +52,7 @@ def test_the_exact_gradient_is_the_detached_one_projected_off_each_row() -> None
     assert torch.allclose(v.grad, detached - (detached * unit).sum(1, keepdim=True) * unit, atol=1e-9)
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
+@pytest.mark.parametrize("kind", sorted(ALL))
 def test_the_norm_by_the_identity_is_the_norm_of_the_sum(kind: str, monkeypatch) -> None:
     monkeypatch.setattr("veneer.methods.dora.ROWS_AT_ONCE", 40)  # several pieces
     tuner = ours(base_of(kind)(), LoraConfig(r=4, use_dora=True, **KINDS[kind].targets))
