@@ -422,7 +422,8 @@ class Tuner(nn.Module):
         for host in self._merged_hosts if enabled else reversed(self._merged_hosts):
             host.sync()
             host.original = host.exchange(host.original or {})
-        self._sync()
+        if self._merged_hosts:
+            self._sync()
         if not enabled:
             self._settle()
 
@@ -541,6 +542,8 @@ class Tuner(nn.Module):
 
     def unmerge(self) -> None:
         """Put the very parameter objects back that were there before ``merge``."""
+        if not self._merged_hosts:
+            return
         for host in reversed(self._merged_hosts):
             host.fold_out()
         self._merged_hosts = []
