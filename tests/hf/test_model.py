@@ -306,6 +306,10 @@ def test_a_config_from_json_makes_the_same_model() -> None:
 def test_unbuilt_or_unknown_options_are_named() -> None:
     with pytest.raises(NotImplementedError, match="megatron_config"):
         get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", megatron_config={"a": 1}))
+    with pytest.raises(NotImplementedError, match="ephemeral_gpu_offload"):
+        get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", runtime_config={"ephemeral_gpu_offload": True}))
+    with pytest.raises(NotImplementedError, match="ephemeral_gpu_offload"):
+        PeftModel.from_pretrained(llama(), "anywhere", ephemeral_gpu_offload=True)
     with pytest.raises(ValueError, match="init_lora_weights 'pizza'"):
         get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pizza"))
 

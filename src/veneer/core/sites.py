@@ -92,6 +92,15 @@ class Site:
         """The layer's own function of ``x``, with another weight ``(out, in, *kernel)`` and bias."""
         raise NotImplementedError
 
+    def need_linear(self, does: str) -> None:
+        """Refuse a place that is no linear layer with an input in reach, for a method that ``does`` a thing to it.
+
+        Raises:
+            ValueError: another kind of layer.
+        """
+        if self.kind not in ("linear", "conv1d_hf") or not self.maps_input:
+            raise ValueError(f"{does} a linear layer, which '{self.path}' ({self.kind}) is not; exclude it.")
+
     def factors(self, rank: int) -> tuple[nn.Module, nn.Module]:
         """Two fresh, bias-free layers ``in -> rank -> out`` whose composition is a low-rank version of this layer."""
         raise NotImplementedError(f"{type(self).__name__} '{self.path}' has no low-rank factors.")

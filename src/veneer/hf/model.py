@@ -340,6 +340,7 @@ class PeftModel(nn.Module):
             is_trainable: whether it trains on.
             config: settings instead of the folder's own.
             autocast_adapter_dtype: float32 adapters over a half-precision base.
+            ephemeral_gpu_offload: not built in; True is refused.
             low_cpu_mem_usage: build the adapter on the meta device and put the file's tensors in.
             key_mapping: regular expression -> replacement, applied to the file's keys after their prefix.
             strict: refuse a file that does not fit exactly.
@@ -349,7 +350,8 @@ class PeftModel(nn.Module):
             FileNotFoundError: the folder or repository holds no adapter.
             ValueError: no such folder or hub id, or the file does not fit the model; the sentence says how.
         """
-        folder = hub.resolve(model_id, **_hub_arguments(kwargs))
+        _refuse_offload(ephemeral_gpu_offload)
+        folder = hub.resolve(model_id, kwargs.get("subfolder"), **hub.arguments(kwargs))
         config = config if config is not None else PeftConfig.read(folder)
         config = copy.deepcopy(config)
         _own_members(config, folder)
@@ -387,13 +389,17 @@ class PeftModel(nn.Module):
     ) -> checkpoint.LoadReport:
         """Load a saved adapter beside the others, inactive (or into an adapter of that name that exists).
 
+        The arguments are those of ``from_pretrained``. ``torch_device`` is taken for callers of the peer: a tensor
+        always goes to the device of its layer.
+
         Returns:
             What was loaded; with ``strict=False`` also what did not fit.
 
         Raises:
             FileNotFoundError, ValueError: as ``from_pretrained``; the model is as it was then.
         """
-        folder = hub.resolve(model_id, **_hub_arguments(kwargs))
+        _refuse_offload(ephemeral_gpu_offload)
+        folder = hub.resolve(model_id, kwargs.get("subfolder"), **hub.arguments(kwargs))
         fresh = adapter_name not in self.peft_config
         if fresh:
             config = PeftConfig.read(folder)
@@ -471,15 +477,6 @@ def _require_grad(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         output.requires_grad_(True)
 
 
-def _hub_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = (
-        "subfolder",
-        "revision",
-        "token",
-        "cache_dir",
-        "force_download",
-        "local_files_only",
-        "repo_type",
-        "proxies",
-    )
-    return {k: kwargs[k] for k in names if k in kwargs}
+def _refuse_offload(asked: bool) -> None:
+    if asked:
+        raise NotImplementedError("ephemeral_gpu_offload=True is not built in: starts compute where the layer is.")

@@ -32,10 +32,7 @@ class Arrow(Adapter):
 
     def __init__(self, site: Site, config: LoraConfig):
         super().__init__(site, config)
-        if site.kind not in ("linear", "conv1d_hf") or not site.maps_input:
-            raise ValueError(
-                f"Arrow routes the tokens of a linear layer, which '{site.path}' ({site.kind}) is not; exclude it."
-            )
+        site.need_linear("Arrow routes the tokens of")
         self.options: Any = config.arrow_config
         self.lora_A, self.lora_B = site.factors(config.r)  # idle: the peer's files hold them
         for idle in (self.lora_A, self.lora_B):

@@ -75,10 +75,7 @@ class Lily(Adapter):
 
     def __init__(self, site: Site, config: LilyConfig):
         super().__init__(site, config)
-        if site.kind not in ("linear", "conv1d_hf") or not site.maps_input:
-            raise ValueError(
-                f"Lily routes the input of a linear layer, which '{site.path}' ({site.kind}) is not; exclude it."
-            )
+        site.need_linear("Lily routes the input of")
         self.r, self.experts, self.scaling, self.scope = config.r, config.num_B, config.scaling, config.router_scope
         self.lily_A, self.lily_B = site.lily
         self.lily_router = nn.Linear(config.r, config.num_B, bias=False)

@@ -84,6 +84,10 @@ class LoraConfig(LayerConfig):
             raise NotImplementedError(
                 "LoraConfig(megatron_config=...) asks for Megatron's parallel layers, which are not built in yet."
             )
+        if self.runtime_config.ephemeral_gpu_offload:
+            raise NotImplementedError(
+                "LoraRuntimeConfig(ephemeral_gpu_offload=True) is not built in: starts compute where the layer is."
+            )
         start = self.init_lora_weights
         family = start.split("_niter_")[0] if isinstance(start, str) else "gaussian"
         if family in KNOWN_STARTS and family not in STARTS:

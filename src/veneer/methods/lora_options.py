@@ -14,7 +14,7 @@ def _positive(owner: object, *names: str) -> None:
 
 @dataclass
 class LoraRuntimeConfig:
-    """Settings of a run, never saved: ``ephemeral_gpu_offload`` moves weights to the GPU for a start only."""
+    """Settings of a run, never saved. ``ephemeral_gpu_offload`` is not built in; True is refused."""
 
     ephemeral_gpu_offload: bool = False
 

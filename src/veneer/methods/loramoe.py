@@ -64,10 +64,7 @@ class LoraMoe(Adapter):
 
     def __init__(self, site: Site, config: LoraMoeConfig):
         super().__init__(site, config)
-        if site.kind not in ("linear", "conv1d_hf") or not site.maps_input:
-            raise ValueError(
-                f"LoRAMoE gates the tokens of a linear layer, which '{site.path}' ({site.kind}) is not; exclude it."
-            )
+        site.need_linear("LoRAMoE gates the tokens of")
         self.scaling, self.delta_, self.balance_weight = (
             config.lora_alpha / config.r,
             config.delta,

@@ -89,10 +89,7 @@ class Mola(Adapter):
 
     def __init__(self, site: Site, config: MolaConfig):
         super().__init__(site, config)
-        if site.kind not in ("linear", "conv1d_hf") or not site.maps_input:
-            raise ValueError(
-                f"MoLA routes the tokens of a linear layer, which '{site.path}' ({site.kind}) is not; exclude it."
-            )
+        site.need_linear("MoLA routes the tokens of")
         self.scaling, self.top_k, self.balance_weight = (
             config.lora_alpha / config.r,
             config.top_k,

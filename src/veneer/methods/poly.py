@@ -70,10 +70,7 @@ class Poly(Adapter):
 
     def __init__(self, site: Site, config: PolyConfig):
         super().__init__(site, config)
-        if site.kind not in ("linear", "conv1d_hf") or not site.maps_input:
-            raise ValueError(
-                f"Poly mixes skills by row of a linear layer, which '{site.path}' ({site.kind}) is not; exclude it."
-            )
+        site.need_linear("Poly mixes skills by row of")
         splits, skills, r = config.n_splits, config.n_skills, config.r
         if site.in_features % splits or site.out_features % splits:
             raise ValueError(
