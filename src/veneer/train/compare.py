@@ -165,7 +165,7 @@ def _one(
     befores.append(found["loss_before"])
     one.trainable = found["trainable"]
     one.scores.append(found["loss_after"])
-    one.seconds.append(found["seconds"])
+    one.seconds.append(found.get("compute_seconds", found["seconds"]))
     one.memory.append(found["peak_memory"])
     say(f"{one.name}, seed {seed}: held-out loss {found['loss_after']:.4f}, from {found['loss_before']:.4f}")
 

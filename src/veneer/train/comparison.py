@@ -113,7 +113,7 @@ def picture(result: Comparison, folder: Path) -> list[str]:
     costs: list[tuple[str, list[float]]] = [
         ("trainable parameters", [float(one.trainable) for one in done]),
         ("peak memory, GB", [max(one.memory) / 1e9 for one in done]),
-        ("seconds of training", [statistics.fmean(one.seconds) for one in done]),
+        ("seconds of computing", [statistics.fmean(one.seconds) for one in done]),
     ]
     heights = sorted(one.mean for one in done)
     figure = Figure(figsize=(13, 4.2), layout="constrained")

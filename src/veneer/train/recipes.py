@@ -52,6 +52,8 @@ class Outcome:
     samples: list[Sample] = field(default_factory=list)
     held_out: bool = True
     seconds: float = 0.0
+    compute_seconds: float = 0.0
+    """On a CPU the seconds it computed, which do not depend on what else the machine does; elsewhere as ``seconds``."""
     peak_memory: int = 0
     adapter_bytes: int = 0
     data: dict[str, Any] = field(default_factory=dict)
@@ -80,13 +82,14 @@ def run(prepared: Prepared, console: Console, resume: bool = False) -> Outcome:
     outcome = Outcome(str(folder), 0, trainable, total, held_out=bool(len(prepared.held)))
     outcome.loss_before, outcome.samples = _before(prepared, model, folder, console, fresh=start is None)
     trainer, progress, interrupt = _trainer(prepared, model, device, console)
-    began = time.monotonic()
+    began, computed = time.monotonic(), time.process_time()
     try:
         with interrupt.listening():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
     finally:
         progress.close()
     outcome.seconds, outcome.steps = time.monotonic() - began, trainer.state.global_step
+    outcome.compute_seconds = time.process_time() - computed if device.type == "cpu" else outcome.seconds
     if interrupt.asked and outcome.steps < prepared.schedule.steps:
         outcome.stopped_at = str(checkpoints(folder / "checkpoints")[-1])
         return outcome
