@@ -11,7 +11,7 @@ from rich.console import Console
 from veneer.train import adapters, config, models, recipes
 from veneer.train.plan import make
 from veneer.train.prepare import build, prepare
-from veneer.train.trainer import Collate, checkpoints, held_out_loss, token_losses
+from veneer.train.trainer import AdapterTrainer, Collate, checkpoints, held_out_loss, token_losses
 
 
 def settings(base, facts, out, *words):
@@ -92,19 +92,19 @@ def test_a_resumed_run_repeats_the_losses_to_the_bit(trained, base, facts, tmp_p
     class Killed(Exception):
         pass
 
-    original = recipes.AdapterTrainer.training_step
+    original = AdapterTrainer.training_step
 
     def dies(self, *args, **kwargs):
         if self.state.global_step == 6:
             raise Killed
         return original(self, *args, **kwargs)
 
-    recipes.AdapterTrainer.training_step = dies
+    AdapterTrainer.training_step = dies
     try:
         with pytest.raises(Killed):
             recipes.run(first, quiet())
     finally:
-        recipes.AdapterTrainer.training_step = original
+        AdapterTrainer.training_step = original
     partial = out / "checkpoints" / "checkpoint-5"
     partial.mkdir()
     (partial / "adapter_config.json").write_text("{")  # a checkpoint cut off while it was written
@@ -129,18 +129,18 @@ def test_a_folder_with_a_run_is_not_overwritten_unasked(trained, base, facts):
 def test_ctrl_c_keeps_a_whole_checkpoint_and_resume_finishes(base, facts, tmp_path, trained):
     out = tmp_path / "out"
     words = ["--steps", "12", "--lr", "1e-2", "--eval.every", "4"]
-    original = recipes.AdapterTrainer.training_step
+    original = AdapterTrainer.training_step
 
     def interrupted(self, *args, **kwargs):
         if self.state.global_step == 2:
             signal.raise_signal(signal.SIGINT)
         return original(self, *args, **kwargs)
 
-    recipes.AdapterTrainer.training_step = interrupted
+    AdapterTrainer.training_step = interrupted
     try:
         outcome = recipes.run(prepare(settings(base, facts, out, *words)), quiet())
     finally:
-        recipes.AdapterTrainer.training_step = original
+        AdapterTrainer.training_step = original
     assert outcome.stopped_at == str(checkpoints(out / "checkpoints")[-1])
     assert outcome.steps == 3
     assert recipes.run(prepare(settings(base, facts, out, *words)), quiet(), resume=True).steps == 12

@@ -104,7 +104,12 @@ def problems(block: dict[str, Any]) -> list[tuple[Loc, str]]:
     return found
 
 
-def build(block: dict[str, Any], notices: list[str] | None = None, steps: int = 1_000_000) -> Any:
+def build(
+    block: dict[str, Any],
+    notices: list[str] | None = None,
+    steps: int = 1_000_000,
+    task_type: str = "CAUSAL_LM",
+) -> Any:
     """The library's config of an adapter block.
 
     An inline LoRA-like block that names no targets gets all linear layers, the choice that does best at equal size. A
@@ -115,6 +120,7 @@ def build(block: dict[str, Any], notices: list[str] | None = None, steps: int = 
         notices: what was changed is said here.
         steps: the length of the run, for a method with a schedule of its own that does not say; while it is not known
             yet, any large number stands in for it.
+        task_type: where the block does not say.
 
     Raises:
         ValueError: the block names no known method, or its values are invalid together.
@@ -130,7 +136,7 @@ def build(block: dict[str, Any], notices: list[str] | None = None, steps: int = 
     inline = "path" not in block
     if inline and str(cls.type) in EVERYWHERE and "target_modules" in known and not _says_targets(values):
         values["target_modules"] = "all-linear"
-    values.setdefault("task_type", "CAUSAL_LM")
+    values["task_type"] = values.get("task_type") or task_type
     if "total_step" in known and values.get("total_step") is None:
         values["total_step"] = steps
     return cls(**values)

@@ -82,7 +82,7 @@ def size_of(prepared: Prepared) -> tuple[int, int]:
     model, config = prepared.config.model, copy.deepcopy(prepared.adapter)
     if isinstance(getattr(config, "init_lora_weights", None), str):
         config.init_lora_weights = True  # of the same size, and needs no weights
-    shape = models.meta_model(model, prepared.base, models.dtype_of(model, models.device_of(model)))
+    shape = prepared.task.skeleton(prepared, models.dtype_of(model, models.device_of(model)))
     try:
         return counts(adapters.attach(shape, config))
     except (NotImplementedError, RuntimeError):
@@ -96,13 +96,16 @@ def _resize(one: Contender, config: RunConfig, goal: float, notices: list[str]) 
     ranks = (key for key in SIZES if isinstance(getattr(built, key, None), int) and getattr(built, key) > 0)
     knob = block or next(ranks, None)
     prepared = prepare(with_block(config, one.block))
+    task_type = prepared.task.adapter_type
     known: dict[int, int | None] = {}
 
     def trainable(size: int) -> int | None:
         """None where this method cannot have the size here."""
         if size not in known:
             try:
-                prepared.adapter = adapters.build(_sized(one.block, str(knob), size, built), steps=LONG)
+                prepared.adapter = adapters.build(
+                    _sized(one.block, str(knob), size, built), steps=LONG, task_type=task_type
+                )
                 known[size] = size_of(prepared)[0]
             except ValueError:
                 known[size] = None
@@ -115,7 +118,7 @@ def _resize(one: Contender, config: RunConfig, goal: float, notices: list[str]) 
         _bisect(trainable, goal)
     found = {size: count for size, count in known.items() if count is not None}
     if knob is None or len(set(found.values())) < 2:
-        prepared.adapter = adapters.build(one.block, steps=LONG)
+        prepared.adapter = adapters.build(one.block, steps=LONG, task_type=task_type)
         one.trainable = size_of(prepared)[0]
         notices.append(f"{one.name} has no size to choose: it trains {one.trainable:,} parameters whatever the budget.")
         return

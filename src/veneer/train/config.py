@@ -17,6 +17,13 @@ from veneer.train.names import ELSEWHERE, SHORT
 Files = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 Auto = Literal["auto"]
 Count = Annotated[int, Field(ge=1)]
+TaskName = Annotated[
+    Literal[
+        "sft", "seq2seq", "sequence-classification", "token-classification", "embeddings",
+        "dpo", "kto", "orpo", "reward", "grpo", "rloo",
+    ],
+    BeforeValidator(lambda value: value.lower().replace("_", "-") if isinstance(value, str) else value),
+]  # fmt: skip
 Amount = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
 
@@ -58,7 +65,10 @@ class Data(Section):
     train: Files = Field(min_length=1, description="Files or globs; `file#500` takes the first 500 rows.")
     eval: Files = Field(default_factory=list, description="Held-out files; without them `holdout` applies.")
     holdout: Auto | Amount = Field("auto", description="Rows (>= 1) or share (< 1) held out of `train`.")
-    format: Literal["auto", "alpaca", "prompt", "messages", "sharegpt", "text"] = "auto"
+    format: Literal[
+        "auto", "alpaca", "prompt", "messages", "sharegpt", "text", "labels", "tags", "pairs",
+        "preference", "kto", "prompts",
+    ] = "auto"  # fmt: skip
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our column name -> yours, e.g. prompt: question."
     )
@@ -97,10 +107,41 @@ class Eval(Section):
 
     every: Auto | Count = Field("auto", description="Steps between evaluations; auto gives about five in a run.")
     batch_size: int | None = Field(None, ge=1)
-    best: bool = Field(True, description="End with the checkpoint of the lowest held-out loss.")
+    metric: str = Field("auto", description="What decides which checkpoint is best; auto: the task's first one.")
+    best: bool = Field(True, description="End with the checkpoint that scores best on the held-out rows.")
     patience: int | None = Field(None, ge=1, description="Stop after this many evaluations without improvement.")
     prompts: int = Field(3, ge=0, description="Held-out prompts answered before and after.")
     max_new_tokens: int = Field(64, ge=1)
+
+
+class Seq2Seq(Section):
+    """For ``task: seq2seq``."""
+
+    prefix: str = Field("", description="Put before every source text, such as 'summarize: '.")
+    max_target: int = Field(256, ge=1, description="Tokens of a target at most.")
+
+
+class Classes(Section):
+    """For ``task: sequence-classification`` and ``token-classification``."""
+
+    shorthand: ClassVar[str | None] = "names"
+    names: list[str] = Field(default_factory=list, description="The classes, in order; default: those of the data.")
+    balanced: bool = Field(False, description="Weight rows so that rare classes count as much as common ones.")
+
+
+class Embeddings(Section):
+    """For ``task: embeddings``."""
+
+    pooling: Literal["mean", "first", "last"] = Field("mean", description="Which tokens make up a text's vector.")
+    temperature: float = Field(0.05, gt=0, description="Cosine similarities are divided by it.")
+
+
+class Preference(Section):
+    """For ``task: dpo``, ``kto``, ``orpo`` and ``reward``."""
+
+
+class RL(Section):
+    """For ``task: grpo`` and ``rloo``."""
 
 
 class Log(Section):
@@ -122,13 +163,18 @@ class Output(Section):
 class RunConfig(Section):
     """All settings of a run, as ``run.yaml`` keeps them."""
 
-    task: Literal["sft"] = "sft"
+    task: TaskName = "sft"
     model: Model
     data: Data
     adapter: dict[str, Any] = Field(default_factory=lambda: {"method": "lora", "r": 16, "lora_alpha": 32})
     train: Train = Field(default_factory=lambda: Train.model_validate({}))
     eval: Eval = Field(default_factory=lambda: Eval.model_validate({}))
     log: Log = Field(default_factory=lambda: Log.model_validate({}))
+    seq2seq: Seq2Seq = Field(default_factory=lambda: Seq2Seq.model_validate({}))
+    classes: Classes = Field(default_factory=lambda: Classes.model_validate({}))
+    embeddings: Embeddings = Field(default_factory=lambda: Embeddings.model_validate({}))
+    preference: Preference = Field(default_factory=lambda: Preference.model_validate({}))
+    rl: RL = Field(default_factory=lambda: RL.model_validate({}))
     output: Output
 
     @field_validator("adapter", mode="before")
@@ -142,7 +188,32 @@ class RunConfig(Section):
 
     def dump(self) -> str:
         """The settings as YAML that reads back to the same settings."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+        return yaml.safe_dump(self.settings(), sort_keys=False, allow_unicode=True, width=110)
+
+    def settings(self) -> dict[str, Any]:
+        """The values as JSON has them, without the sections of other tasks."""
+        others = {place for place, tasks in USED_BY.items() if "." not in place and self.task not in tasks}
+        return self.model_dump(mode="json", exclude=others)
+
+
+CLASSIFYING = ("sequence-classification", "token-classification")
+PREFERRING = ("dpo", "kto", "orpo", "reward")
+REINFORCING = ("grpo", "rloo")
+WRITING = ("sft", "seq2seq", "dpo", "kto", "orpo", *REINFORCING)
+
+# Sections and settings that only some tasks have a use for.
+USED_BY: dict[str, tuple[str, ...]] = {
+    "seq2seq": ("seq2seq",),
+    "classes": CLASSIFYING,
+    "embeddings": ("embeddings",),
+    "preference": PREFERRING,
+    "rl": REINFORCING,
+    "data.packing": ("sft",),
+    "data.loss_on": ("sft",),
+    "data.template": ("sft", *PREFERRING, *REINFORCING),
+    "data.system": ("sft", *PREFERRING, *REINFORCING),
+    "eval.max_new_tokens": WRITING,
+}
 
 
 SECTIONS = {
@@ -187,6 +258,8 @@ def load(
         config = RunConfig.model_validate(doc.values)
     except ValidationError as error:
         problems = _problems(error)
+    if config is not None:
+        problems += _unused(config)
     block = config.adapter if config else doc.values.get("adapter")
     if isinstance(block, str):
         block = {"path": block}
@@ -220,6 +293,26 @@ def _override(doc: Document, key: str, value: Any, flag: str) -> None:
     if len(loc) == 1 and section and section.shorthand and isinstance(written, dict):
         loc = (loc[0], section.shorthand)
     doc.set(loc, value, flag)
+
+
+def _unused(config: RunConfig) -> list[tuple[Loc, str]]:
+    """Sections and settings that were written down and that the task does not read."""
+    found: list[tuple[Loc, str]] = []
+    for place, tasks in USED_BY.items():
+        section, _, key = place.partition(".")
+        holder = getattr(config, section) if key else config
+        name = key or section
+        idle = config.task not in tasks and name in holder.model_fields_set
+        if idle and (not key or getattr(holder, name) != type(holder).model_fields[name].default):
+            found.append(
+                (tuple(place.split(".")), f"'{place}' means nothing to task {config.task}; it is for {_list(tasks)}.")
+            )
+    return found
+
+
+def _list(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _problems(error: ValidationError) -> list[tuple[Loc, str]]:

@@ -1,8 +1,11 @@
-"""Examples: files of five formats, read row by row into one form.
+"""Examples: files of several formats, read row by row into one form.
 
 alpaca     {instruction, input?, output}            messages   {messages: [{role, content}]}
 prompt     {prompt, completion}                     sharegpt   {conversations: [{from, value}]}
 text       {text}, or a .txt file with paragraphs divided by blank lines
+labels     {text, text_pair?, label}                tags       {tokens: [...], tags: [...]}
+pairs      {anchor, positive, negative?}            preference {prompt?, chosen, rejected}
+prompts    {prompt, ...}                            kto        {prompt, completion, label: true or false}
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +35,8 @@ class Example:
     completion: str | None = None
     text: str | None = None
     tools: list[Any] | None = None
+    extra: Row = field(default_factory=dict)
+    """What the row says besides: its label, tags, chosen and rejected answers, whatever a reward function reads."""
 
     @property
     def question(self) -> str:
@@ -105,7 +110,7 @@ def _sharegpt(row: Row) -> dict[str, Any]:
     return {"messages": turns, "tools": row.get("tools") or None}
 
 
-def _turns(value: Any, role_key: str, text_key: str) -> list[Row]:
+def _turns(value: Any, role_key: str, text_key: str, answered: bool = True) -> list[Row]:
     value = json.loads(value) if isinstance(value, str) and value.lstrip().startswith("[") else value
     if not isinstance(value, list) or not value:
         raise RowError(f"the conversation must be a list of turns, and is {_brief(value)}")
@@ -121,18 +126,90 @@ def _turns(value: Any, role_key: str, text_key: str) -> list[Row]:
             raise RowError(f"turn {number} ({role}) has no '{text_key}'")
         rest = {k: v for k, v in turn.items() if k not in (role_key, text_key) and v is not None}
         turns.append({"role": role, "content": content if content is not None else "", **rest})
-    if not any(turn["role"] == "assistant" for turn in turns):
+    if answered and not any(turn["role"] == "assistant" for turn in turns):
         raise RowError("the conversation has no assistant turn to learn from")
     return turns
 
 
+def _labels(row: Row) -> dict[str, Any]:
+    label = row["label"]
+    if label is None or isinstance(label, list | dict | float) or not str(label).strip():
+        raise RowError(f"'label' must be one class, a word or a whole number, and is {_brief(label)}")
+    pair = {"pair": _string(row, "text_pair")} if row.get("text_pair") is not None else {}
+    return {"text": _string(row, "text"), "extra": {"label": str(label).strip(), **pair}}
+
+
+def _tags(row: Row) -> dict[str, Any]:
+    tokens, tags = (_listed(row, key) for key in ("tokens", "tags"))
+    if len(tokens) != len(tags):
+        raise RowError(f"there are {len(tokens)} tokens and {len(tags)} tags")
+    return {"text": " ".join(tokens), "extra": {"tokens": tokens, "tags": tags}}
+
+
+def _listed(row: Row, key: str) -> list[str]:
+    """A list of words; tables without lists write them with blanks between, or as JSON."""
+    value = row[key]
+    if isinstance(value, str):
+        value = json.loads(value) if value.lstrip().startswith("[") else value.split()
+    if not isinstance(value, list) or not value or not all(isinstance(one, str | int) and str(one) for one in value):
+        raise RowError(f"'{key}' must be a list of words, and is {_brief(value)}")
+    return [str(one) for one in value]
+
+
+def _pairs(row: Row) -> dict[str, Any]:
+    negative = {"negative": _string(row, "negative")} if row.get("negative") is not None else {}
+    return {"text": _string(row, "anchor"), "extra": {"positive": _string(row, "positive"), **negative}}
+
+
+def _preference(row: Row) -> dict[str, Any]:
+    chosen, rejected = (_said(row, key) for key in ("chosen", "rejected"))
+    if chosen == rejected:
+        raise RowError("'chosen' and 'rejected' are the same")
+    asked = {"prompt": _said(row, "prompt")} if row.get("prompt") is not None else {}
+    question = asked.get("prompt", chosen)
+    return {"prompt": _question(question), "extra": {**asked, "chosen": chosen, "rejected": rejected}}
+
+
+def _kto(row: Row) -> dict[str, Any]:
+    words = {"true": True, "1": True, "good": True, "false": False, "0": False, "bad": False}
+    label = words.get(str(row["label"]).lower())
+    if label is None:
+        raise RowError(f"'label' must be true or false, and is {_brief(row['label'])}")
+    prompt, completion = _said(row, "prompt"), _said(row, "completion")
+    return {"prompt": _question(prompt), "extra": {"prompt": prompt, "completion": completion, "label": label}}
+
+
+def _prompts(row: Row) -> dict[str, Any]:
+    return {"prompt": _question(_said(row, "prompt")), "extra": dict(row)}
+
+
+def _said(row: Row, key: str) -> Any:
+    """A text, or turns of a conversation."""
+    value = row.get(key)
+    if isinstance(value, list):
+        return _turns(value, "role", "content", answered=False)
+    return _string(row, key)
+
+
+def _question(said: Any) -> str:
+    return said if isinstance(said, str) else next((str(t["content"]) for t in said if t["role"] == "user"), "")
+
+
 FORMATS = {
+    "preference": Format(("chosen", "rejected"), ("prompt",), _preference),
+    "kto": Format(("prompt", "completion", "label"), (), _kto),
+    "tags": Format(("tokens", "tags"), (), _tags),
+    "pairs": Format(("anchor", "positive"), ("negative",), _pairs),
+    "labels": Format(("text", "label"), ("text_pair",), _labels),
     "messages": Format(("messages",), ("tools",), _messages),
     "sharegpt": Format(("conversations",), ("system", "tools"), _sharegpt),
     "alpaca": Format(("instruction", "output"), ("input", "system"), _alpaca),
     "prompt": Format(("prompt", "completion"), ("system",), _prompt),
     "text": Format(("text",), (), lambda row: {"text": _string(row, "text")}),
+    "prompts": Format(("prompt",), (), _prompts),
 }
+ANSWERED = ("messages", "sharegpt", "alpaca", "prompt")
+"""Formats of questions with one answer each."""
 
 
 @dataclass
@@ -148,7 +225,13 @@ class Examples:
         return len(self.rows)
 
 
-def load(files: list[str], format: str = "auto", columns: dict[str, str] | None = None, bad: str = "error") -> Examples:
+def load(
+    files: list[str],
+    format: str = "auto",
+    columns: dict[str, str] | None = None,
+    bad: str = "error",
+    among: Iterable[str] = FORMATS,
+) -> Examples:
     """Read files into examples.
 
     Args:
@@ -156,11 +239,15 @@ def load(files: list[str], format: str = "auto", columns: dict[str, str] | None 
         format: a key of ``FORMATS``, or ``auto`` to tell by the columns of the first row.
         columns: our column name -> the file's.
         bad: ``error`` refuses unusable rows, ``skip`` leaves them out and counts them.
+        among: the formats that ``auto`` chooses from.
 
     Raises:
         ValueError: unusable rows (all are counted, the first five named), unknown columns, no rows.
         FileNotFoundError: a path or glob that matches nothing.
     """
+    among = tuple(among)
+    if format not in ("auto", *among):
+        raise ValueError(f"data.format '{format}' does not serve here; it may be {', '.join(among)}, or auto.")
     result, errors = Examples(), []
     for path, limit in rows.expand(files):
         result.files.append(str(path))
@@ -172,7 +259,7 @@ def load(files: list[str], format: str = "auto", columns: dict[str, str] | None 
                 if isinstance(raw, Exception):
                     raise RowError(str(raw))
                 row = _rename(raw, columns or {}, where)
-                kind = format if format != "auto" else detect(row, where)
+                kind = format if format != "auto" else detect(row, where, among)
                 result.format = result.format or kind
                 _require(row, kind, where)
                 result.rows.append(Example(where=where, **FORMATS[kind].convert(row)))
@@ -190,16 +277,17 @@ def load(files: list[str], format: str = "auto", columns: dict[str, str] | None 
     return result
 
 
-def detect(row: Row, where: str = "the first row") -> str:
-    """The format whose columns ``row`` has.
+def detect(row: Row, where: str = "the first row", among: Iterable[str] = FORMATS) -> str:
+    """The format of ``among`` whose columns ``row`` has.
 
     Raises:
         ValueError: none fits; names the columns found and the mapping to write.
     """
-    for name, kind in FORMATS.items():
+    kinds = {name: kind for name, kind in FORMATS.items() if name in tuple(among)}
+    for name, kind in kinds.items():
         if all(key in row for key in kind.required):
             return name
-    wanted = "; ".join(f"{name}: {', '.join(kind.required)}" for name, kind in FORMATS.items())
+    wanted = "; ".join(f"{name}: {', '.join(kind.required)}" for name, kind in kinds.items())
     pairs = [("question", "answer"), ("query", "response"), ("input", "output"), ("source", "target"), ("q", "a")]
     pair = next((p for p in pairs if all(key in row for key in p)), None)
     guess = pair or (tuple(row)[:2] if len(row) >= 2 else ("YOUR_PROMPT_COLUMN", "YOUR_ANSWER_COLUMN"))

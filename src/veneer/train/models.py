@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
 import os
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from veneer.core.backends import keep_layout
 from veneer.core.nf4_linear import quantize_model
@@ -108,12 +109,16 @@ def load_tokenizer(model: Model) -> Any:
     return tokenizer
 
 
-def load_model(model: Model, dtype: torch.dtype | None = None) -> nn.Module:
+def load_model(
+    model: Model, dtype: torch.dtype | None = None, auto: str = "AutoModelForCausalLM", config: Any = None
+) -> nn.Module:
     """The base model on its device, in evaluation mode.
 
     Args:
         model: which model, and how.
         dtype: in place of ``model.dtype``.
+        auto: transformers' class that loads it.
+        config: the base's config where it is not the stored one, such as one that names classes.
 
     Raises:
         OSError: no such folder or id.
@@ -123,10 +128,12 @@ def load_model(model: Model, dtype: torch.dtype | None = None) -> nn.Module:
     options = _common(model) | {"dtype": dtype or dtype_of(model, device)}
     if model.attention != "auto":
         options["attn_implementation"] = model.attention
+    if config is not None:
+        options["config"] = copy.deepcopy(config)  # which the loaded model keeps and changes
     packs = model.quantize != "none" and not _built_in(model, device)
     if packs:
         options |= {"quantization_config": _quantization(model, options["dtype"]), "device_map": {"": device}}
-    loaded = _loading(model, model.path, lambda: AutoModelForCausalLM.from_pretrained(model.path, **options))
+    loaded = _loading(model, model.path, lambda: getattr(transformers, auto).from_pretrained(model.path, **options))
     if packs:
         keep_layout(loaded)
         return loaded.eval()
@@ -153,10 +160,12 @@ def _quantization(model: Model, dtype: torch.dtype) -> Any:
     )
 
 
-def meta_model(model: Model, config: Any, dtype: torch.dtype) -> nn.Module:
+def meta_model(model: Model, config: Any, dtype: torch.dtype, auto: str = "AutoModelForCausalLM") -> nn.Module:
     """The model without its weights: names and shapes only."""
     with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=model.trust_remote_code)
+        skeleton = getattr(transformers, auto).from_config(
+            config, dtype=dtype, trust_remote_code=model.trust_remote_code
+        )
     four_bit = model.quantize in ("nf4", "bnb-nf4", "fp4")  # which take the same bytes, whoever packs them
     return quantize_model(skeleton, double_quant=model.double_quant) if four_bit else skeleton
 

@@ -23,8 +23,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from veneer.train import adapters, models
 from veneer.train.prepare import Prepared, Schedule, build, counts
-from veneer.train.tokens import IGNORED
-from veneer.train.trainer import takes_kept_logits, token_losses
 
 
 @dataclass
@@ -83,7 +81,9 @@ class Plan:
     learnt: int
     quantiles: dict[str, int]
     counts: dict[str, int]
+    facts: list[tuple[str, str]]
     sample: list[tuple[str, bool]]
+    score: str
     schedule: Schedule
     memory: Memory
     run_tokens: int
@@ -132,7 +132,9 @@ def make(prepared: Prepared, probe: bool = False) -> Plan:
         learnt=train.learnt,
         quantiles=quantiles(train.lengths),
         counts=dict(train.counts),
-        sample=sample(prepared),
+        facts=prepared.task.facts(prepared),
+        sample=prepared.task.sample(prepared),
+        score=prepared.score.name,
         schedule=prepared.schedule,
         memory=_memory(prepared, model, dtype, device),
         run_tokens=round(train.tokens * epochs),
@@ -167,42 +169,22 @@ def quantiles(lengths: list[int]) -> dict[str, int]:
     return {name: ordered[round(share * (len(ordered) - 1))] for name, share in shares.items()}
 
 
-def sample(prepared: Prepared, row: int = 0) -> list[tuple[str, bool]]:
-    """One row token by token: its text, and whether it is learnt."""
-    ids, labels = prepared.train.rows[row]["input_ids"], prepared.train.rows[row]["labels"]
-    pieces: list[tuple[str, bool]] = []
-    done = ""
-    for end, label in enumerate(labels, 1):
-        text = prepared.tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        if text.endswith("�") and end < len(ids):  # a character of several tokens: shown with its last one
-            continue
-        pieces.append((text[len(done) :], label != IGNORED))
-        done = text
-    return pieces
-
-
 def _skeleton(prepared: Prepared, dtype: torch.dtype) -> Any:
     """The adapted model on the meta device.
 
     A LoRA start that needs the weights is left out, its shapes are the same; for other methods that need them the model
     is loaded.
     """
-    base = prepared.base
+    task = prepared.task
     config = copy.deepcopy(prepared.adapter)
     try:
-        return adapters.attach(models.meta_model(prepared.config.model, base, dtype), config)
+        return adapters.attach(task.skeleton(prepared, dtype), config)
     except (NotImplementedError, RuntimeError):
         config = copy.deepcopy(prepared.adapter)
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True
-            return adapters.attach(models.meta_model(prepared.config.model, base, dtype), config)
-    return adapters.attach(models.load_model(prepared.config.model, dtype), config).to("meta")
-
-
-def _longest(prepared: Prepared) -> tuple[int, int]:
-    """(rows, length) of the largest batch."""
-    length = max(len(row["input_ids"]) for row in prepared.feed)
-    return min(prepared.config.train.batch_size, len(prepared.feed)), length
+            return adapters.attach(task.skeleton(prepared, dtype), config)
+    return adapters.attach(task.load(prepared, dtype), config).to("meta")
 
 
 def _memory(prepared: Prepared, model: Any, dtype: torch.dtype, device: torch.device) -> Memory:
@@ -220,7 +202,7 @@ def _memory(prepared: Prepared, model: Any, dtype: torch.dtype, device: torch.de
 
 def _activations(prepared: Prepared, model: Any) -> int:
     """Bytes that autograd keeps of the largest batch, and twice its logits for the way back through the loss."""
-    rows, length = _longest(prepared)
+    task = prepared.task
     model.train()
     kept: dict[int, tuple[int, Tensor]] = {}
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -236,23 +218,11 @@ def _activations(prepared: Prepared, model: Any) -> int:
                 kept[storage._cdata] = (storage.nbytes(), tensor)  # holding it keeps its place from being used again
             return tensor
 
-        inputs = {"input_ids": torch.ones(rows, length, dtype=torch.long), "use_cache": False}
-        shape = (rows, 1, length, length) if prepared.config.data.packing else (rows, length)
-        inputs["attention_mask"] = torch.ones(shape, dtype=prepared.collate.dtype if len(shape) == 4 else torch.long)
-        if takes_kept_logits(model):
-            inputs["logits_to_keep"] = _learnt_places(prepared, rows, length)
+        inputs = task.inputs(prepared, model)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            logits = torch.func.functional_call(model, state, (), inputs).logits
-            flat = logits.flatten(0, 1).float()
+            flat = task.output(torch.func.functional_call(model, state, (), inputs)).float()
             F.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.long))
     return sum(amount for amount, _ in kept.values()) + 2 * flat.numel() * 4
-
-
-def _learnt_places(prepared: Prepared, rows: int, length: int) -> int:
-    """How many positions of the largest batch need logits: as many as the longest learnt stretch in any row."""
-    longest = sorted(prepared.feed, key=lambda row: -len(row["input_ids"]))[:rows]
-    places = {i for row in longest for i, label in enumerate(row["labels"]) if label != IGNORED}
-    return min(length, max(1, len(places)))
 
 
 def _runtime(device: torch.device) -> int:
@@ -293,21 +263,18 @@ def _probe(prepared: Prepared) -> Probe:
     """Two forward and backward passes with an optimiser step on the longest batch; the second one is timed."""
     model = build(prepared).train()
     device = next(model.parameters()).device
-    rows = sorted(prepared.feed, key=lambda row: -len(row["input_ids"]))[: prepared.config.train.batch_size]
-    batch = {name: value.to(device) for name, value in prepared.collate(rows).items()}
+    loss, tokens = prepared.task.step(prepared, model)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
     seconds = 0.0
     for _ in range(2):
         began = time.perf_counter()
-        loss, count = token_losses(model, batch, takes_kept_logits(model))
-        (loss / count).backward()
+        loss().backward()
         optimiser.step()
         optimiser.zero_grad()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds = time.perf_counter() - began
-    tokens = prepared.collate.tokens(batch)
     result = Probe(seconds, tokens / seconds, models.peak_memory(device))
-    del model, optimiser
+    del model, optimiser, loss
     gc.collect()
     return result

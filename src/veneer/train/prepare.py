@@ -6,17 +6,16 @@ import copy
 import math
 import os
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from transformers import set_seed
 
-from veneer.train import adapters, data, models, packing
+from veneer.train import adapters, data, models, tasks
 from veneer.train.config import RunConfig
-from veneer.train.evaluate import pad_token
-from veneer.train.tokens import Renderer, Tokenised
-from veneer.train.trainer import Collate
+from veneer.train.tasks import Material, Metric, Task
+from veneer.train.tokens import Tokenised
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,21 @@ class Prepared:
 
     config: RunConfig
     tokenizer: Any
-    renderer: Renderer
+    renderer: Any
+    """What the task's ``features`` left there for itself."""
     train: Tokenised
     held: Tokenised
     adapter: Any
     base: Any
     schedule: Schedule
-    collate: Collate
-    feed: list[dict[str, list[int]]]
+    collate: Any
+    feed: list[Any]
     """The rows of ``train`` as the trainer gets them, packed or not."""
     files: list[str]
-    notices: list[str] = field(default_factory=list)
+    notices: list[str]
+    task: Task
+    score: Metric
+    """What tells which of two models is better."""
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -58,71 +61,52 @@ def prepare(config: RunConfig) -> Prepared:
     """
     config = config.model_copy(deep=True)
     notices: list[str] = []
-    adapter = adapters.build(config.adapter, notices)
-    if str(adapter.task_type) != "CAUSAL_LM":
-        raise ValueError(f"The adapter's task_type is {adapter.task_type}; `veneer train` trains CAUSAL_LM so far.")
+    task = tasks.find(config.task)
+    score = _score(task, config)
+    adapter = adapters.build(config.adapter, notices, task_type=task.adapter_type)
+    if str(adapter.task_type) != task.adapter_type:
+        raise ValueError(
+            f"The adapter's task_type is {adapter.task_type}, and task {config.task} needs {task.adapter_type}; change "
+            "adapter.task_type, or the task."
+        )
     base = models.load_config(config.model)
     tokenizer = models.load_tokenizer(config.model)
     options = config.data
-    examples = data.load(options.train, options.format, options.columns, options.bad_rows)
+    examples = data.load(options.train, options.format, options.columns, options.bad_rows, task.formats)
     if options.eval:
-        held_examples = data.load(options.eval, options.format, options.columns, options.bad_rows)
-        rows, held_rows, files = examples.rows, held_examples.rows, examples.files + held_examples.files
+        held = data.load(options.eval, options.format, options.columns, options.bad_rows, task.formats)
+        rows, held_rows, files = examples.rows, held.rows, examples.files + held.files
     else:
         rows, held_rows = data.split(examples.rows, options.holdout, config.train.seed)
         files = examples.files
-    renderer = Renderer(
-        tokenizer, examples.format, options.template, options.loss_on, options.system, data.continues(rows)
-    )
-    train = renderer.tokenise(rows, options.max_length, options.too_long)
-    renderer.counts = type(renderer.counts)()
-    held = renderer.tokenise(held_rows, options.max_length, options.too_long)
     if examples.skipped:
         notices.append(f"{len(examples.skipped)} unusable rows were left out; the first: {examples.skipped[0]}.")
-    notices += _notices(train, held, config)
-    _fits(train, base, config)
-    settled = {"format": examples.format, "template": renderer.template, "loss_on": renderer.loss_on}
-    config.data = config.data.model_copy(update=settled)
+    made = task.features(Material(config, adapter, base, tokenizer, rows, held_rows, examples.format, notices))
+    if not len(made.held):
+        notices.append(
+            f"Nothing is held out, so there is no held-out {score.name} and no best checkpoint; see data.holdout."
+        )
+    config.data = config.data.model_copy(update={"format": examples.format})
     if config.train.learning_rate == "auto":
-        config.train.learning_rate = adapters.learning_rate(adapter, _hidden(base))
-    feed = train.rows
-    if options.packing:
-        packing.check(adapter)
-        feed = packing.pack(train.rows, options.max_length)
-    schedule = _schedule(config, len(feed), bool(len(held)))
-    adapter = adapters.build(config.adapter, steps=schedule.steps)
+        config.train.learning_rate = task.learning_rate(adapter, _hidden(base))
+    feed = made.train.rows if made.feed is None else made.feed
+    schedule = _schedule(config, made.epoch or len(feed), bool(len(made.held)))
+    adapter = adapters.build(config.adapter, steps=schedule.steps, task_type=task.adapter_type)
     config.adapter = adapters.resolved(adapter)
     config.eval.every, config.train.save_every = schedule.eval_every, schedule.save_every
-    collate = Collate(pad_token(tokenizer), dtype=models.dtype_of(config.model, models.device_of(config.model)))
-    return Prepared(config, tokenizer, renderer, train, held, adapter, base, schedule, collate, feed, files, notices)
+    return Prepared(
+        config, tokenizer, made.renderer, made.train, made.held, adapter, base, schedule, made.collate, feed, files,
+        notices, task, score,
+    )  # fmt: skip
 
 
-def _notices(train: Tokenised, held: Tokenised, config: RunConfig) -> list[str]:
-    counts, total, limit = train.counts, len(train.lengths), config.data.max_length
-    texts = {
-        "dropped_unlearnt": f"of {total} rows have no token to learn within data.max_length {limit} and were dropped.",
-        "dropped_long": f"of {total} rows are longer than data.max_length {limit} and were dropped.",
-        "truncated": f"of {total} rows are longer than data.max_length {limit} and were cut.",
-        "split_at_boundary": "rows would have a token across the border of prompt and answer; it was split there.",
-        "last_turn_only": "conversations are rewritten by the template as they go on; only their last answer counts.",
-    }
-    found = [f"{counts[key]} {text}" for key, text in texts.items() if counts[key]]
-    unended = len(train) - counts["ends_learnt"]
-    if unended > len(train) // 2 and config.data.format != "text":
-        found.append(f"{unended} of {len(train)} rows do not learn an end token: the model may not know when to stop.")
-    if not len(held):
-        found.append("Nothing is held out, so there is no held-out loss and no best checkpoint; see data.holdout.")
+def _score(task: Task, config: RunConfig) -> Metric:
+    wanted = config.eval.metric
+    found = next((one for one in task.metrics if wanted in ("auto", one.name)), None)
+    if found is None:
+        known = ", ".join(one.name for one in task.metrics)
+        raise ValueError(f"eval.metric is '{wanted}'; task {config.task} measures {known}.")
     return found
-
-
-def _fits(train: Tokenised, base: Any, config: RunConfig) -> None:
-    largest = max(max(row["input_ids"]) for row in train.rows)
-    text = base.get_text_config() if hasattr(base, "get_text_config") else base
-    if (vocabulary := getattr(text, "vocab_size", None)) and largest >= vocabulary:
-        raise ValueError(
-            f"The tokenizer gives the token {largest}, and the model '{config.model.path}' knows only {vocabulary} "
-            "tokens; they do not belong together."
-        )
 
 
 def _hidden(base: Any) -> int | None:
@@ -154,7 +138,7 @@ def build(prepared: Prepared) -> Any:
     """
     config = prepared.config
     set_seed(config.train.seed)
-    model: Any = models.load_model(config.model)
+    model: Any = prepared.task.load(prepared)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = adapters.attach(model, copy.deepcopy(prepared.adapter))

@@ -62,7 +62,7 @@ def main(words: list[str]) -> int:
 def _open(console: Console, prepared: Prepared) -> None:
     """What is about to happen, before the minutes in which it does."""
     settings = prepared.config
-    shape = models.meta_model(settings.model, prepared.base, torch.float32)
+    shape = prepared.task.skeleton(prepared, torch.float32)
     adapted = adapters.attach(shape, copy.deepcopy(prepared.adapter))  # planting settles choices in it
     trainable, total = counts(adapted)
     report.facts(

@@ -15,17 +15,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback
 
 from veneer.train import adapters, document, html, models
 from veneer.train.callbacks import Adapters, Interrupt, Metrics, Progress, size
-from veneer.train.config import RunConfig
-from veneer.train.evaluate import answer, end_tokens
+from veneer.train.config import USED_BY, RunConfig
 from veneer.train.optim import OPTIMISERS
 from veneer.train.prepare import Prepared, build, counts
 from veneer.train.provenance import header
-from veneer.train.tokens import IGNORED, Tokenised
-from veneer.train.trainer import AdapterTrainer, checkpoints, held_out_loss
+from veneer.train.trainer import checkpoints
 
 
 @dataclass
@@ -46,8 +44,14 @@ class Outcome:
     steps: int
     trainable: int
     total: int
-    loss_before: float | None = None
-    loss_after: float | None = None
+    task: str = "sft"
+    score: str = "loss"
+    """The figure that tells which of two models is better."""
+    higher: bool = False
+    """Whether more of it is better."""
+    before: dict[str, float] = field(default_factory=dict)
+    """Every figure on the held-out rows, by the base alone."""
+    after: dict[str, float] = field(default_factory=dict)
     best_step: int | None = None
     samples: list[Sample] = field(default_factory=list)
     held_out: bool = True
@@ -59,6 +63,16 @@ class Outcome:
     data: dict[str, Any] = field(default_factory=dict)
     stopped_at: str | None = None
     """The checkpoint to resume from, if Ctrl-C ended the run."""
+
+    @property
+    def loss_before(self) -> float | None:
+        """The base's held-out loss."""
+        return self.before.get("loss")
+
+    @property
+    def loss_after(self) -> float | None:
+        """The held-out loss with the adapter."""
+        return self.after.get("loss")
 
 
 def run(prepared: Prepared, console: Console, resume: bool = False) -> Outcome:
@@ -80,8 +94,9 @@ def run(prepared: Prepared, console: Console, resume: bool = False) -> Outcome:
     device = next(model.parameters()).device
     trainable, total = counts(model)
     outcome = Outcome(str(folder), 0, trainable, total, held_out=bool(len(prepared.held)))
-    outcome.loss_before, outcome.samples = _before(prepared, model, folder, console, fresh=start is None)
+    outcome.task, outcome.score, outcome.higher = config.task, prepared.score.name, prepared.score.higher
     trainer, progress, interrupt = _trainer(prepared, model, device, console)
+    outcome.before, outcome.samples = _before(prepared, model, trainer, folder, fresh=start is None)
     began, computed = time.monotonic(), time.process_time()
     try:
         with interrupt.listening():
@@ -99,7 +114,9 @@ def run(prepared: Prepared, console: Console, resume: bool = False) -> Outcome:
     model.save_pretrained(str(folder), is_main_process=main)
     if main:
         prepared.tokenizer.save_pretrained(str(folder))
-    _after(prepared, model, outcome)
+    outcome.after = _measured(prepared, model, trainer)
+    for sample, text in zip(outcome.samples, prepared.task.answers(prepared, model), strict=True):
+        sample.after = text.strip()
     outcome.peak_memory = models.peak_memory(device)
     outcome.adapter_bytes = sum(file.stat().st_size for file in folder.glob("adapter_model.*"))
     outcome.data = _summary(prepared)
@@ -109,47 +126,44 @@ def run(prepared: Prepared, console: Console, resume: bool = False) -> Outcome:
     return outcome
 
 
-def _trainer(
-    prepared: Prepared, model: Any, device: torch.device, console: Console
-) -> tuple[AdapterTrainer, Progress, Interrupt]:
+def _trainer(prepared: Prepared, model: Any, device: torch.device, console: Console) -> tuple[Any, Progress, Interrupt]:
     config, schedule, held = prepared.config, prepared.schedule, bool(len(prepared.held))
     best = held and config.eval.best
     own = OPTIMISERS.get(config.train.optimizer)
-    arguments = TrainingArguments(
-        output_dir=str(Path(config.output.dir) / "checkpoints"),
-        max_steps=schedule.steps,
-        per_device_train_batch_size=config.train.batch_size,
-        per_device_eval_batch_size=config.eval.batch_size or config.train.batch_size,
-        gradient_accumulation_steps=config.train.accumulate,
-        learning_rate=float(config.train.learning_rate),
-        lr_scheduler_type=config.train.schedule,
-        warmup_steps=schedule.warmup,
-        optim=config.train.optimizer if own is None else "adamw_torch",
-        weight_decay=config.train.weight_decay,
-        max_grad_norm=config.train.clip,
-        seed=config.train.seed,
-        logging_steps=config.log.every,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps" if held else "no",
-        eval_steps=schedule.eval_every,
-        save_strategy="steps",
-        save_steps=schedule.save_every,
-        save_total_limit=config.train.keep,
-        load_best_model_at_end=best,
-        metric_for_best_model="eval_loss" if best else None,
-        greater_is_better=False if best else None,
-        fp16=device.type == "cuda" and next(model.get_base_model().parameters()).dtype == torch.float16,
-        dataloader_num_workers=config.train.workers,
-        dataloader_pin_memory=device.type == "cuda",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        report_to=config.log.report_to or "none",
-        disable_tqdm=True,
-        use_cpu=device.type == "cpu",
-    )
-    rows = prepared.held.rows if held else None
+    arguments: dict[str, Any] = {
+        "output_dir": str(Path(config.output.dir) / "checkpoints"),
+        "max_steps": schedule.steps,
+        "per_device_train_batch_size": config.train.batch_size,
+        "per_device_eval_batch_size": config.eval.batch_size or config.train.batch_size,
+        "gradient_accumulation_steps": config.train.accumulate,
+        "learning_rate": float(config.train.learning_rate),
+        "lr_scheduler_type": config.train.schedule,
+        "warmup_steps": schedule.warmup,
+        "optim": config.train.optimizer if own is None else "adamw_torch",
+        "weight_decay": config.train.weight_decay,
+        "max_grad_norm": config.train.clip,
+        "seed": config.train.seed,
+        "logging_steps": config.log.every,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if held else "no",
+        "eval_steps": schedule.eval_every,
+        "save_strategy": "steps",
+        "save_steps": schedule.save_every,
+        "save_total_limit": config.train.keep,
+        "load_best_model_at_end": best,
+        "metric_for_best_model": f"eval_{prepared.score.name}" if best else None,
+        "greater_is_better": prepared.score.higher if best else None,
+        "fp16": device.type == "cuda" and next(model.get_base_model().parameters()).dtype == torch.float16,
+        "dataloader_num_workers": config.train.workers,
+        "dataloader_pin_memory": device.type == "cuda",
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "report_to": config.log.report_to or "none",
+        "disable_tqdm": True,
+        "use_cpu": device.type == "cpu",
+    }
     optimiser = own(model, float(config.train.learning_rate)) if own else None
-    trainer = AdapterTrainer(model, arguments, prepared.collate, prepared.feed, rows, optimizers=(optimiser, None))
+    trainer = prepared.task.trainer(prepared, model, arguments, optimiser)
     trainer.remove_callback(PrinterCallback)
     metrics = Metrics(Path(config.output.dir) / "metrics.jsonl", lambda: trainer.tokens_seen, device)
     progress = Progress(console, config.log.progress, lambda: trainer.tokens_seen, device)
@@ -191,8 +205,10 @@ def _open(prepared: Prepared, folder: Path, resume: bool) -> Path | None:
 
 def _same_run(config: RunConfig, written: Path) -> None:
     """Refuse to go on with other data, another model or another adapter than the checkpoint's."""
-    stored, now = document.read(written).values, config.model_dump(mode="json")
-    fixed = {"model": now["model"], "data": now["data"], "adapter": now["adapter"]}
+    stored, now = document.read(written).values, config.settings()
+    if (was := stored.get("task", "sft")) != config.task:
+        raise ValueError(f"The run in '{written.parent}' has the task {was} and cannot be resumed as {config.task}.")
+    fixed = {section: now[section] for section in ("model", "data", "adapter", *USED_BY) if section in now}
     fixed["train"] = {k: now["train"][k] for k in ("batch_size", "accumulate", "seed", "optimizer")}
     changed = [
         f"{section}.{key} was {stored.get(section, {}).get(key)!r} and is {value!r}"
@@ -207,82 +223,43 @@ def _same_run(config: RunConfig, written: Path) -> None:
         )
 
 
-def _questions(prepared: Prepared) -> list[int]:
-    """Rows to ask about: spread over the held-out ones, or over the training ones where nothing is held out."""
-    rows = len(prepared.held) or len(prepared.train)
-    wanted = min(prepared.config.eval.prompts, rows)
-    return [round(i * (rows - 1) / max(1, wanted - 1)) for i in range(wanted)]
-
-
-def _answers(prepared: Prepared, model: Any) -> list[str]:
-    asked = prepared.held if len(prepared.held) else prepared.train
-    special = [t for row in prepared.train.rows[:1] for t in row["labels"] if t in prepared.renderer.specials]
-    ends = end_tokens(model, prepared.tokenizer, special[-1] if special else None)
-    return [
-        answer(
-            model,
-            prepared.tokenizer,
-            prepared.renderer.prompt(asked.sources[i]),
-            max_new_tokens=prepared.config.eval.max_new_tokens,
-            ends=ends,
-            bos=prepared.renderer.bos,
-        )
-        for i in _questions(prepared)
-    ]
-
-
-def _loss(prepared: Prepared, model: Any) -> float | None:
-    if not len(prepared.held):
-        return None
-    batch = prepared.config.eval.batch_size or prepared.config.train.batch_size
-    return held_out_loss(model, prepared.held.rows, prepared.collate, batch)
+def _measured(prepared: Prepared, model: Any, trainer: Any) -> dict[str, float]:
+    return prepared.task.measure(prepared, model, trainer) if len(prepared.held) else {}
 
 
 def _before(
-    prepared: Prepared, model: Any, folder: Path, console: Console, fresh: bool
-) -> tuple[float | None, list[Sample]]:
-    """Loss and answers of the bare base; kept on disk, so that a resumed run need not ask again."""
+    prepared: Prepared, model: Any, trainer: Any, folder: Path, fresh: bool
+) -> tuple[dict[str, float], list[Sample]]:
+    """Figures and answers of the bare base; kept on disk, so that a resumed run need not ask again."""
     file = folder / "before.json"
     if not fresh and file.is_file():
         stored = json.loads(file.read_text(encoding="utf-8"))
-        return stored["loss"], [Sample(**one) for one in stored["samples"]]
-    asked = prepared.held if len(prepared.held) else prepared.train
+        return stored["metrics"], [Sample(**one) for one in stored["samples"]]
     with model.disable_adapter():
-        loss, answers = _loss(prepared, model), _answers(prepared, model)
-    samples = []
-    for i, text in zip(_questions(prepared), answers, strict=True):
-        learnt = [t for t in asked.rows[i]["labels"] if t != IGNORED]
-        expected = prepared.tokenizer.decode(learnt, skip_special_tokens=True)
-        samples.append(Sample(_shown(prepared, i, asked), expected.strip(), text.strip()))
-    file.write_text(json.dumps({"loss": loss, "samples": [vars(s) for s in samples]}, ensure_ascii=False))
-    return loss, samples
-
-
-def _shown(prepared: Prepared, i: int, asked: Tokenised) -> str:
-    source = asked.sources[i]
-    if source.messages is None or prepared.renderer.template != "chat":
-        return prepared.renderer.prompt(source).strip()
-    return next((str(m["content"]) for m in reversed(source.messages) if m["role"] == "user"), source.question).strip()
-
-
-def _after(prepared: Prepared, model: Any, outcome: Outcome) -> None:
-    outcome.loss_after = _loss(prepared, model)
-    for sample, text in zip(outcome.samples, _answers(prepared, model), strict=True):
-        sample.after = text.strip()
+        metrics, answers = _measured(prepared, model, trainer), prepared.task.answers(prepared, model)
+    samples = [
+        Sample(shown, right, text.strip())
+        for (shown, right), text in zip(prepared.task.questions(prepared), answers, strict=True)
+    ]
+    file.write_text(json.dumps({"metrics": metrics, "samples": [vars(s) for s in samples]}, ensure_ascii=False))
+    return metrics, samples
 
 
 def _summary(prepared: Prepared) -> dict[str, Any]:
     """The data in a few figures, for the report."""
-    train, options = prepared.train, prepared.config.data
-    return {
+    train = prepared.train
+    rows = {
         "files": ", ".join(prepared.files),
-        "format": f"{options.format}, rendered by {options.template}, learnt: {options.loss_on}",
         "rows": f"{len(train):,} to train on, {len(prepared.held):,} held out",
-        "tokens": f"{train.tokens:,}, of which {train.learnt:,} are learnt",
-        "row length": f"{min(train.lengths):,} to {max(train.lengths):,} tokens, {train.counts['truncated']:,} cut",
+        **dict(prepared.task.facts(prepared)),
     }
+    if train.lengths:
+        lengths = f"{min(train.lengths):,} to {max(train.lengths):,} tokens, {train.counts['truncated']:,} cut"
+        rows["row length"] = lengths
+    return rows
 
 
 def _plain(outcome: Outcome) -> dict[str, Any]:
-    values = {**vars(outcome), "samples": [vars(sample) for sample in outcome.samples]}
+    values = {**vars(outcome), "loss_before": outcome.loss_before, "loss_after": outcome.loss_after}
+    values |= {"samples": [vars(sample) for sample in outcome.samples]}
     return {**values, "adapter_size": size(outcome.adapter_bytes)}

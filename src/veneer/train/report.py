@@ -50,21 +50,21 @@ def show_plan(console: Console, plan: Any) -> None:
     console.print(table)
     data = config["data"]
     lengths = ", ".join(f"{name} {value}" for name, value in plan.quantiles.items())
-    learnt = 100 * plan.learnt / plan.tokens
     facts(
         console,
         [
             ("data", f"{plan.train_rows:,} rows to train on, {plan.held_rows:,} held out"),
-            ("", f"format {data['format']}, rendered by {data['template']}, learnt: {data['loss_on']}"),
-            ("tokens", f"{plan.tokens:,} an epoch, {plan.learnt:,} of them learnt ({learnt:.0f} %)"),
+            *[(name, value) for name, value in plan.facts],
             ("row length", f"{lengths} (data.max_length {data['max_length']}, {plan.counts.get('truncated', 0)} cut)"),
-            ("end token", f"learnt in {plan.counts.get('ends_learnt', 0):,} of {plan.train_rows:,} rows"),
             (
                 "steps",
                 f"{schedule.steps:,} of {batch} rows, {schedule.per_epoch:,} an epoch, {schedule.warmup} to warm up",
             ),
             ("", f"learning rate {config['train']['learning_rate']:g}, {config['train']['schedule']}"),
-            ("rhythm", f"held-out loss every {schedule.eval_every} steps, checkpoint every {schedule.save_every}"),
+            (
+                "rhythm",
+                f"held-out {plan.score} every {schedule.eval_every} steps, checkpoint every {schedule.save_every}",
+            ),
             ("memory", f"about {size(memory.total)} of {size(memory.available)}: {_parts(memory)}"),
             ("writes", f"{config['output']['dir']}/ adapter, tokenizer, run.yaml, metrics.jsonl, report.json"),
         ],
@@ -141,9 +141,10 @@ def show_outcome(console: Console, outcome: Any) -> None:
         )
     ]
     rows += [("", f"{outcome.steps:,} steps in {duration(outcome.seconds)}, {size(outcome.peak_memory)} at the peak")]
-    if outcome.loss_before is not None and outcome.loss_after is not None:
-        best = f" (best step: {outcome.best_step})" if outcome.best_step else ""
-        rows.append(("held-out loss", f"{outcome.loss_before:.4f} before, {outcome.loss_after:.4f} after{best}"))
+    best = f" (best step: {outcome.best_step})" if outcome.best_step else ""
+    for name in outcome.after:
+        figures = f"{outcome.before.get(name, float('nan')):.4f} before, {outcome.after[name]:.4f} after"
+        rows.append((f"held-out {name}", figures + (best if name == outcome.score else "")))
     rows.append(("adapter", f"{outcome.folder}  {size(outcome.adapter_bytes)}"))
     facts(console, rows)
     console.print(f"Report:      {outcome.folder}/report.html", highlight=False, soft_wrap=True)

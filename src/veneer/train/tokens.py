@@ -22,9 +22,9 @@ Piece = tuple[str, bool]
 
 @dataclass
 class Tokenised:
-    """Rows ready for the trainer, with what the plan says about them."""
+    """Rows ready for the trainer, with what the plan says about them. Labels stand by token, or one for a row."""
 
-    rows: list[dict[str, list[int]]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
     sources: list[Example] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
@@ -36,7 +36,8 @@ class Tokenised:
 
     @property
     def learnt(self) -> int:
-        return sum(label != IGNORED for row in self.rows for label in row["labels"])
+        labels = (row["labels"] for row in self.rows)
+        return sum(sum(label != IGNORED for label in one) if isinstance(one, list) else 1 for one in labels)
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from veneer.train import adapters, packing
 from veneer.train.tokens import IGNORED
 
+Losses = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]
+"""(model, batch) -> (sum of the losses of what is learnt, how much that is)."""
 WHOLE = "complete.json"
 """The last file of a checkpoint: one without it was cut off while it was written."""
 
@@ -85,23 +88,39 @@ def token_losses(model: nn.Module, batch: dict[str, Tensor], keep: bool) -> tupl
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, rows: list[dict[str, list[int]]], collate: Collate, batch_size: int) -> float:
-    """Mean loss per learnt token over all ``rows``, whatever the batches."""
-    training, keep = model.training, takes_kept_logits(model)
+def held_out_loss(
+    model: nn.Module, rows: list[dict[str, Any]], collate: Any, batch_size: int, losses: Losses | None = None
+) -> float:
+    """Mean loss per learnt token over all ``rows``, whatever the batches.
+
+    Args:
+        model: in any mode, which is kept.
+        rows: with ``input_ids``.
+        collate: rows to a batch.
+        batch_size: rows in a batch.
+        losses: default: ``token_losses``.
+    """
+    training = model.training
+    losses = losses or partial(token_losses, keep=takes_kept_logits(model))
     model.eval()
     device = next(model.parameters()).device
     total, count = 0.0, 0
     ordered = sorted(rows, key=lambda row: len(row["input_ids"]))  # alike lengths together: less padding
     for start in range(0, len(ordered), batch_size):
         batch = {k: v.to(device) for k, v in collate(ordered[start : start + batch_size]).items()}
-        loss, tokens = token_losses(model, batch, keep)
+        loss, tokens = losses(model, batch)
         total, count = total + loss.item(), count + int(tokens)
     model.train(training)
     return total / max(count, 1)
 
 
-class AdapterTrainer(Trainer):
-    """The loop for adapters over tokenised rows."""
+class AdapterCheckpoints:
+    """What every trainer of adapters does otherwise than transformers' own: stand before it in a class' bases.
+
+    ``tokens_seen`` counts what was trained on, for the speed that is shown.
+    """
+
+    tokens_seen = 0
 
     def __init__(self, *args: Any, **kwargs: Any):
         base = (args[0] if args else kwargs["model"]).get_base_model()
@@ -111,9 +130,50 @@ class AdapterTrainer(Trainer):
         super().__init__(*args, **kwargs)
         if told:
             base._hf_peft_config_loaded = False
+
+    @property
+    def adapted(self: Any) -> Any:
+        """The model with its adapter, without what spreads it over processes."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def penalised(self: Any, loss: Tensor) -> Tensor:
+        """The loss with the adapter's own penalty."""
+        extra = adapters.penalty(self.adapted)
+        return loss if extra is None else loss + extra / self.current_gradient_accumulation_steps
+
+    def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.adapted.save_pretrained(str(folder))
+
+    def _save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        adapters.save_training_state(self.adapted, folder)
+        (folder / WHOLE).write_text(json.dumps({"step": self.state.global_step}))
+
+    def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        adapters.restore(self.adapted, resume_from_checkpoint)
+        adapters.load_training_state(self.adapted, resume_from_checkpoint)
+
+    def _load_best_model(self: Any) -> None:
+        adapters.restore(self.adapted, self.state.best_model_checkpoint)
+
+
+class AdapterTrainer(AdapterCheckpoints, Trainer):
+    """The loop for adapters over rows of features.
+
+    Args:
+        args: the Trainer's own.
+        losses: (sum of the losses, how much is learnt) of a batch.
+        measure: called with the trainer, gives the figures on the held-out rows.
+        kwargs: the Trainer's own.
+    """
+
+    def __init__(self, *args: Any, losses: Losses, measure: Callable[[Any], dict[str, float]], **kwargs: Any):
+        super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # our loss divides by the tokens of the whole accumulated step
-        self.keep = takes_kept_logits(self.model)
-        self.tokens_seen = 0
+        self.losses, self.measure = losses, measure
 
     def compute_loss(  # type: ignore[override]
         self,
@@ -122,44 +182,22 @@ class AdapterTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Sum over learnt tokens / learnt tokens of the whole step, plus the adapter's own penalty."""
+        """Sum over what is learnt / how much the whole step learns, plus the adapter's own penalty."""
         self.tokens_seen += self.data_collator.tokens(inputs)
-        total, tokens = token_losses(model, inputs, self.keep)
-        loss = total / (num_items_in_batch if num_items_in_batch is not None else tokens.clamp(min=1))
+        total, count = self.losses(model, inputs)
+        loss = total / (num_items_in_batch if num_items_in_batch is not None else count.clamp(min=1))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
-        extra = adapters.penalty(self.accelerator.unwrap_model(model))
-        return loss if extra is None else loss + extra / self.current_gradient_accumulation_steps
+        return self.penalised(loss)
 
     def evaluate(  # type: ignore[override]
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Held-out loss per token, so that it does not depend on how the rows fall into batches."""
-        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
-        loss = held_out_loss(self.model, rows, self.data_collator, self.args.per_device_eval_batch_size)
-        metrics = {f"{metric_key_prefix}_loss": loss}
+        """Figures over all held-out rows, so that they do not depend on how the rows fall into batches."""
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.measure(self).items()}
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.accelerator.unwrap_model(self.model).save_pretrained(str(folder))
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        adapters.save_training_state(self.accelerator.unwrap_model(self.model), folder)
-        (folder / WHOLE).write_text(json.dumps({"step": self.state.global_step}))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        own = self.accelerator.unwrap_model(self.model)
-        adapters.restore(own, resume_from_checkpoint)
-        adapters.load_training_state(own, resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        adapters.restore(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
