@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +29,78 @@ class LayerUse:
     entropy: float
 
 
+class Tally:
+    """Gates summed by layer, over as many calls of a model as there are."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, Tensor, int]] = {}  # path -> (sum of gates, sum of entropies, tokens)
+
+    def add(self, path: str, gates: Tensor, mask: Tensor | None = None) -> None:
+        """Count one layer's gates (..., experts), without the tokens whose ``mask`` (...,) is 0."""
+        gates = gates.detach().float()
+        if mask is not None and mask.shape == gates.shape[:-1]:
+            gates = gates[mask.bool().to(gates.device)]
+        gates = gates.flatten(0, -2)
+        entropy = torch.special.entr(gates.clamp(min=0)).sum()
+        load, before, tokens = self._sums.get(path, (torch.zeros_like(gates[0]), torch.zeros_like(entropy), 0))
+        self._sums[path] = load + gates.sum(0), before + entropy, tokens + gates.shape[0]
+
+    def uses(self) -> list[LayerUse]:
+        """One entry a layer, from the input up."""
+        return [
+            LayerUse(path, tuple((load / load.sum()).tolist()), float(entropy) / max(tokens, 1))
+            for path, (load, entropy, tokens) in self._sums.items()
+        ]
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module, adapter_name: str = "default") -> Iterator[Tally]:
+    """Within: every call of the model is counted, in training and in evaluation mode.
+
+    Args:
+        model: with a mixture (MoLA, MoLE, MixLoRA, LoRAMoE, Arrow, X-LoRA, Poly, Lily) active.
+        adapter_name: the mixture.
+
+    Yields:
+        What has been counted so far; it stays empty for an adapter that routes nothing.
+    """
+    tuner = tuner_of(model)
+    adapters, tally = list(tuner.adapters(adapter_name)), Tally()
+    modes: list[bool] = []
+
+    def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        modes[:] = [a.training for _, a in adapters]
+        for _, adapter in adapters:
+            adapter.training = True  # it alone, no dropout in it: has it keep its gates
+
+    def after(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        restore()
+        for path, gates in _gates(adapters, tuner.roots.get(adapter_name)):
+            tally.add(path, gates, kwargs.get("attention_mask"))
+
+    def restore() -> None:
+        for (_, adapter), mode in zip(adapters, modes, strict=False):
+            adapter.training = mode
+        modes.clear()
+
+    handles = [
+        tuner.model.register_forward_pre_hook(before, with_kwargs=True),
+        tuner.model.register_forward_hook(after, with_kwargs=True),
+    ]
+    try:
+        yield tally
+    finally:
+        restore()
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def routing(model: nn.Module, inputs: Mapping[str, Any], adapter_name: str = "default") -> list[LayerUse]:
     """Run a batch through a mixture and say how it was routed, padding left out.
 
     Args:
-        model: with a mixture (MoLA, MoLE, MixLoRA, LoRAMoE, Arrow, X-LoRA) active.
+        model: with a mixture (MoLA, MoLE, MixLoRA, LoRAMoE, Arrow, X-LoRA, Poly, Lily) active.
         inputs: what the model is called with.
         adapter_name: the mixture.
 
@@ -43,20 +110,35 @@ def routing(model: nn.Module, inputs: Mapping[str, Any], adapter_name: str = "de
     Raises:
         ValueError: the adapter routes nothing.
     """
-    tuner = tuner_of(model)
-    adapters = list(tuner.adapters(adapter_name))
-    modes = [a.training for _, a in adapters]
-    for _, adapter in adapters:
-        adapter.training = True  # it alone, no dropout in it: has it keep its gates
-    try:
+    with watched(model, adapter_name) as tally:
         model(**inputs)
-        found = list(_gates(adapters, tuner.roots.get(adapter_name)))
-    finally:
-        for (_, adapter), mode in zip(adapters, modes, strict=True):
-            adapter.training = mode
+    found = tally.uses()
     if not found:
-        raise ValueError(f"'{adapter_name}' is {tuner.configs[adapter_name].peft_type}, which routes nothing.")
-    return [_use(path, gates.float(), inputs.get("attention_mask")) for path, gates in found]
+        raise ValueError(
+            f"'{adapter_name}' is {tuner_of(model).configs[adapter_name].peft_type}, which routes nothing."
+        )
+    return found
+
+
+def last_routing(model: nn.Module, adapter_name: str = "default") -> list[LayerUse]:
+    """How the last training forward was routed; empty where there was none, or nothing routes."""
+    tuner, tally = tuner_of(model), Tally()
+    if adapter_name not in tuner.configs:
+        return []
+    adapters = list(tuner.adapters(adapter_name))
+    for path, gates in _gates(adapters, tuner.roots.get(adapter_name)):
+        tally.add(path, gates, tuner.inputs.get("attention_mask"))
+    return tally.uses()
+
+
+def expert_names(model: nn.Module, adapter_name: str = "default") -> list[str]:
+    """The experts as the mixture's settings call them; empty where they have no names but their numbers."""
+    config: Any = tuner_of(model).configs[adapter_name]
+    arrow = getattr(config, "arrow_config", None)
+    if arrow is not None:
+        return list(arrow.task_adapter_names or ())
+    named = getattr(config, "experts", None) or getattr(config, "adapters", None)
+    return list(named) if isinstance(named, list | dict) and all(isinstance(n, str) for n in named) else []
 
 
 def _gates(adapters: Sequence[tuple[str, Adapter]], root: Any) -> Iterator[tuple[str, Tensor]]:
@@ -64,18 +146,8 @@ def _gates(adapters: Sequence[tuple[str, Adapter]], root: Any) -> Iterator[tuple
         gates = getattr(adapter, "routed", None)
         if gates is not None:
             yield path, gates
-    if root is not None:
-        sigma = root.get_latest_scalings()
+    if root is not None and (sigma := root.get_latest_scalings()) is not None:
         yield from zip(root.layers, root.chosen(sigma).unbind(2), strict=True)
-
-
-def _use(path: str, gates: Tensor, mask: Tensor | None) -> LayerUse:
-    if mask is not None and mask.shape == gates.shape[:-1]:
-        gates = gates[mask.bool()]
-    gates = gates.flatten(0, -2)
-    load = gates.sum(0) / gates.sum()
-    entropy = torch.special.entr(gates.clamp(min=0)).sum(-1).mean()
-    return LayerUse(path, tuple(load.tolist()), float(entropy))
 
 
 SHADES = " .:-=+*#%@"

@@ -80,12 +80,14 @@ class Lily(Adapter):
         self.lily_A, self.lily_B = site.lily
         self.lily_router = nn.Linear(config.r, config.num_B, bias=False)
         nn.init.kaiming_uniform_(self.lily_router.weight, a=math.sqrt(5))
+        self.routed: Tensor | None = None
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
         a = self.lily_A.weight
         h = x.to(a.dtype) @ a.T  # (..., r)
         p = self._shares(self.lily_router(h).softmax(-1))  # (rows or 1, experts)
+        self.routed = p if self.training else None
         b = self.lily_B.weight.unflatten(0, (self.experts, self.r))  # (experts, r, out)
         mixed = torch.einsum("ne,ero->nro", p, b)
         rows = h.unsqueeze(1) if h.dim() == 2 else h.flatten(1, -2)

@@ -81,6 +81,7 @@ class Poly(Adapter):
         self.poly_lora_A = nn.Parameter(torch.empty(splits, skills, site.in_features // splits, r))
         self.poly_lora_B = nn.Parameter(torch.zeros(splits, skills, r, site.out_features // splits))
         self.poly_router = Router(config)
+        self.routed: Tensor | None = None
         bound = math.sqrt(1 / site.in_features)
         nn.init.uniform_(self.poly_lora_A, -bound, bound)
         if not config.init_weights:
@@ -88,7 +89,8 @@ class Poly(Adapter):
 
     def factors(self, tasks: Tensor, sample: bool = False) -> tuple[Tensor, Tensor]:
         """A_t (rows, in, r) and B_t (rows, r, out) of the given tasks."""
-        z = self.poly_router(tasks, sample)
+        z = self.poly_router(tasks, sample)  # (rows, splits, skills)
+        self.routed = z.mean(1) if self.training else None
         a = torch.einsum("bqs,qsdr->bqdr", z, self.poly_lora_A).flatten(1, 2)
         return a, torch.einsum("bqs,qsrd->brqd", z, self.poly_lora_B).flatten(2, 3)
 
