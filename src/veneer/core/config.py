@@ -62,6 +62,17 @@ class PeftConfig(metaclass=_Checked):
     ``PeftConfig.read(folder)`` and ``config.write(folder)`` map it to ``adapter_config.json`` and back; keys of a newer
     writer that this version does not know are kept and written again.
 
+    Attributes:
+        task_type: what the model is for: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS or
+            FEATURE_EXTRACTION.
+        peft_type: the method's name in the file; the config class sets it.
+        auto_mapping: class and module of the base model, written for models without a task, so that a loader can build
+            it.
+        peft_version: version of the writer, as the file says it.
+        base_model_name_or_path: the base model's hub id or folder; written at save.
+        revision: the base model's revision on the hub.
+        inference_mode: freeze the adapter where it is planted; files are written with True.
+
     Raises:
         ValueError: an invalid ``task_type`` or an unknown ``peft_type``.
     """
@@ -254,7 +265,21 @@ class PeftConfig(metaclass=_Checked):
 
 @dataclass
 class LayerConfig(PeftConfig):
-    """Settings of methods that sit at layers: where to sit, what else to train. The engine serves them all."""
+    """Settings of methods that sit at layers: where to sit, what else to train. The engine serves them all.
+
+    Attributes:
+        target_modules: layers to sit at: names (path ends), one regex over whole paths, or "all-linear"; None takes the
+            usual layers of a known architecture.
+        exclude_modules: of these, the layers to leave out; names or one regex.
+        modules_to_save: modules that are trained whole and saved with the adapter, such as a new head.
+        layers_to_transform: only the blocks with these indices.
+        layers_pattern: name of the list that holds the blocks, if it is not found by itself.
+        target_parameters: paths of bare parameters, such as those of fused experts.
+        trainable_token_indices: rows of the embedding to train: a list, or a dict from an embedding's name to its rows.
+        ensure_weight_tying: train and save what is tied to an embedding together with it.
+        bias: which of the base's biases train: "none", "all", or this method's own layers' (such as "lora_only").
+        fan_in_fan_out: the layer stores (in, out), as transformers' Conv1D; known layers are recognised without it.
+    """
 
     target_modules: list[str] | set[str] | str | None = None
     exclude_modules: list[str] | set[str] | str | None = newer()

@@ -19,6 +19,14 @@ KeysValues = list[tuple[Tensor, Tensor]]
 class PromptLearningConfig(PeftConfig):
     """Settings that all prompt methods share. The sizes are read off the model and written down in the file.
 
+    Attributes:
+        num_virtual_tokens: length of the prompt.
+        token_dim: width of the model; filled in.
+        num_transformer_submodules: 2 for a prompt in encoder and decoder, else 1; filled in.
+        num_attention_heads: heads of the model; filled in.
+        num_layers: layers of the model; filled in.
+        modules_to_save: modules that are trained whole and saved with the prompt, such as a head.
+
     Raises:
         ValueError: at ``get_peft_model``: no or a senseless ``num_virtual_tokens``.
     """

@@ -36,6 +36,19 @@ class AdaLoraConfig(LoraConfig):
     waits for the first tenth of them and leaves the last three tenths alone (at once and to the end, as zeros read
     literally, the budget would be settled before anything is learnt).
 
+    Attributes:
+        r: not used; see ``init_r``.
+        rank_pattern: which triplets are left in each layer; written by training.
+        target_r: mean rank of a layer at the end.
+        init_r: rank of every layer at the start.
+        tinit: steps before pruning begins.
+        tfinal: last steps, in which the ranks stay.
+        deltaT: steps between two prunings.
+        beta1: smoothing of the sensitivity.
+        beta2: smoothing of its uncertainty.
+        orth_reg_weight: weight of the orthogonality term in the loss.
+        total_step: length of the training in optimiser steps.
+
     Raises:
         ValueError: at ``get_peft_model``: no ``total_step``, a schedule without a pruning phase, or an option of LoRA
             that has no meaning here.

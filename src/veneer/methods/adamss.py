@@ -33,6 +33,23 @@ class AdamssConfig(LayerConfig):
 
     With ``use_dynamic_rank`` a subspace's rank counts the directions in which its rows of U have more than
     ``svd_threshold`` times the power of the first.
+
+    Attributes:
+        r: rank of the seeded sketch of the weight.
+        num_subspaces: clusters of its rows.
+        subspace_rank: rank that trains in each cluster.
+        init_weights: "orthogonal", or None for a Kaiming-uniform A.
+        use_asa: let fewer subspaces train as time goes on.
+        asa_target_subspaces: how many train in the end, over all layers.
+        init_warmup: steps in which all of them train.
+        final_warmup: the step at which the target is reached.
+        mask_interval: steps between two choices.
+        asa_importance_beta: smoothing of the importance.
+        asa_uncertainty_beta: smoothing of its uncertainty.
+        asa_schedule_exponent: how fast the number falls; 3 is a cubic.
+        use_dynamic_rank: a rank of its own for each subspace, at most ``subspace_rank``.
+        svd_threshold: share of the first direction's power that a direction must have to count.
+        random_seed: seed of the sketch.
     """
 
     r: int = 100

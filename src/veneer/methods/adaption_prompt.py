@@ -32,6 +32,11 @@ JOINT = ("GPT2Attention",)
 class AdaptionPromptConfig(PeftConfig):
     """Settings of LLaMA-Adapter. ``target_modules`` is the name of the attention modules, known for known families.
 
+    Attributes:
+        target_modules: name of the attention modules; known for known families.
+        adapter_len: length of the prompt in each layer.
+        adapter_layers: how many layers, from the top.
+
     Raises:
         ValueError: at ``get_peft_model``: no length or number of layers.
     """

@@ -23,7 +23,11 @@ from veneer.methods.sides import along, bears_bias
 
 @dataclass
 class BeftConfig(LayerConfig):
-    """Settings of BEFT."""
+    """Settings of BEFT.
+
+    Attributes:
+        init_weights: True starts as the base model, False at random values.
+    """
 
     init_weights: bool = True
 

@@ -29,6 +29,13 @@ from veneer.ops.rotation import cayley, turn
 class BOFTConfig(LayerConfig):
     """Settings of BOFT.
 
+    Attributes:
+        boft_block_size: size b of the rotations; 0 where ``boft_block_num`` is set.
+        boft_block_num: number of rotations in a factor, instead of their size.
+        boft_n_butterfly_factor: number m of factors.
+        boft_dropout: share of the blocks that stay the identity in a training step.
+        init_weights: True starts as the base model, False at random values.
+
     Raises:
         ValueError: not exactly one of ``boft_block_size`` and ``boft_block_num`` is set.
     """

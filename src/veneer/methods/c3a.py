@@ -27,7 +27,13 @@ STARTS = (True, False, "xavier_uniform", "kaiming_uniform", "gaussian")
 
 @dataclass
 class C3AConfig(LayerConfig):
-    """Settings of C3A. ``init_weights``: True (zeros), "xavier_uniform" (also False), "kaiming_uniform", "gaussian"."""
+    """Settings of C3A. ``init_weights``: True (zeros), "xavier_uniform" (also False), "kaiming_uniform", "gaussian".
+
+    Attributes:
+        block_size: size b of the circulant blocks; must divide a layer's sides.
+        block_size_pattern: name or regex of layers: their own block size.
+        init_weights: True (zeros), "xavier_uniform" (also False), "kaiming_uniform" or "gaussian".
+    """
 
     block_size: int = 256
     block_size_pattern: dict[str, int] | None = newer({})

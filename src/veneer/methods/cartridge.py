@@ -26,6 +26,9 @@ from veneer.methods.prefix_tuning import check_layers
 class CartridgeConfig(PromptLearningConfig):
     """Settings of a cartridge.
 
+    Attributes:
+        num_frozen_tokens: how many of the first positions stay as they are.
+
     Raises:
         ValueError: at ``get_peft_model``: ``num_frozen_tokens`` outside 0 .. ``num_virtual_tokens``.
     """

@@ -26,6 +26,9 @@ from veneer.methods.bottleneck import NON_LINEARITIES, BottleneckConfig, Inserte
 class CompacterConfig(BottleneckConfig):
     """Settings of Compacter: those of a bottleneck adapter, and ``phm_dim``, the n above.
 
+    Attributes:
+        phm_dim: the n above; must divide the module's width and the bottleneck's.
+
     Raises:
         ValueError: at ``get_peft_model``: ``phm_dim`` divides a module's width or its bottleneck's not.
     """

@@ -27,6 +27,16 @@ from veneer.core.registry import method
 class CPTConfig(PromptLearningConfig):
     """Settings of context-aware prompt tuning; the three lists have one entry for each token of the context.
 
+    Attributes:
+        cpt_token_ids: the context as token ids.
+        cpt_mask: 1 for each of its tokens that is read.
+        cpt_tokens_type_mask: the type of each token, as above.
+        opt_weighted_loss_type: "decay" weights the examples' labels, "none" does not.
+        opt_loss_decay_factor: what an example weighs beside the next one.
+        opt_projection_epsilon: how far input tokens may move.
+        opt_projection_format_epsilon: how far template tokens may move.
+        tokenizer_name_or_path: kept for the reader; nothing is tokenised here.
+
     Raises:
         ValueError: at ``get_peft_model``: another task than CAUSAL_LM, or lists of different lengths.
     """

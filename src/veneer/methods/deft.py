@@ -28,6 +28,15 @@ from veneer.methods.sides import bias_of, channels, columns, factored, input_dro
 class DeftConfig(LayerConfig):
     """Settings of DEFT.
 
+    Attributes:
+        r: rank of what is taken out and written.
+        decomposition_method: q(P): "relu" or "qr".
+        init_scale: spread of the draws where ``init_weights`` is False.
+        alpha: s is alpha / r; None: 1.
+        para: only take out, write nothing (PaRa).
+        deft_dropout: dropout on what the change reads, in training.
+        init_weights: True starts as the base model, False at random values.
+
     Raises:
         ValueError: an unknown ``decomposition_method``.
     """

@@ -29,7 +29,16 @@ LEAST = 1e-4
 
 @dataclass
 class DeloraConfig(LayerConfig):
-    """Settings of DeLoRA. ``module_dropout`` drops entries of the change's input in training."""
+    """Settings of DeLoRA. ``module_dropout`` drops entries of the change's input in training.
+
+    Attributes:
+        r: number of rank-one parts.
+        delora_lambda: how far the weight may go, as a multiple of its columns' norms; trained from here.
+        module_dropout: dropout on what the change reads, in training.
+        init_weights: True starts as the base model, False at random values.
+        rank_pattern: name or regex of layers: their own rank.
+        lambda_pattern: name or regex of layers: their own lambda.
+    """
 
     r: int = 8
     delora_lambda: int = 15

@@ -25,7 +25,15 @@ from veneer.methods.sides import columns
 
 @dataclass
 class FourierFTConfig(LayerConfig):
-    """Settings of FourierFT."""
+    """Settings of FourierFT.
+
+    Attributes:
+        n_frequency: number of trained entries a layer.
+        scaling: s.
+        random_loc_seed: seed of the places.
+        n_frequency_pattern: name or regex of layers: their own number.
+        init_weights: True starts at zero, which is the base; False at N(0, 1).
+    """
 
     n_frequency: int = 1000
     scaling: float = 150.0

@@ -27,7 +27,18 @@ from veneer.methods.sides import columns, factored, input_dropout
 
 @dataclass
 class FrodConfig(LayerConfig):
-    """Settings of FRoD. ``progressbar`` is read, and shows nothing: no start here takes long."""
+    """Settings of FRoD. ``progressbar`` is read, and shows nothing: no start here takes long.
+
+    Attributes:
+        projection_prng_key: seed of the places of S.
+        save_projection: must be True: a factorisation has other signs on another machine.
+        frod_dropout: dropout on what the change reads, in training.
+        init_weights: True starts as the base model, False at random values.
+        sparse_rate: share of the entries that S has.
+        regularization_alpha: alpha of the joint factorisation.
+        progressbar: read from files; shows nothing.
+        runtime_offload_base_weight: True is refused: the layer's own weight runs here too.
+    """
 
     projection_prng_key: int = 0
     save_projection: bool = True

@@ -33,6 +33,13 @@ FORMS = {
 class GloraConfig(LayerConfig):
     """Settings of GLoRA: the form of each support.
 
+    Attributes:
+        r: rank of the supports that are low-rank.
+        config_A_B: form of A and B: "lora", "vector", "constant" or "none".
+        config_C: form of C: "lora", "vector" or "none".
+        config_D_E: form of D and E: "vector", "constant" or "none".
+        init_weights: True starts as the base model, False at random values.
+
     Raises:
         ValueError: a form that a support cannot have.
     """

@@ -24,7 +24,16 @@ from veneer.methods.sides import columns, factored, input_dropout
 
 @dataclass
 class GraloraConfig(LayerConfig):
-    """Settings of GraLoRA."""
+    """Settings of GraLoRA.
+
+    Attributes:
+        r: rank that the k blocks of a row share.
+        hybrid_r: rank h of the LoRA over the whole weight; 0: none.
+        alpha: the change is scaled by alpha / (r + h).
+        gralora_dropout: dropout on what the change reads, in training.
+        gralora_k: k; must divide r and the layer's sides.
+        init_weights: True starts as the base model, False at random values.
+    """
 
     r: int = 32
     hybrid_r: int = 0

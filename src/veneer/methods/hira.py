@@ -24,7 +24,14 @@ from veneer.methods.sides import columns, input_dropout
 
 @dataclass
 class HiraConfig(LayerConfig):
-    """Settings of HiRA. ``init_weights``: True, "gaussian" (A normal), False (both normal)."""
+    """Settings of HiRA. ``init_weights``: True, "gaussian" (A normal), False (both normal).
+
+    Attributes:
+        r: rank of the factor.
+        hira_dropout: dropout on what the change reads, in training.
+        init_weights: True, "gaussian" (A normal), or False (both normal).
+        rank_pattern: name or regex of layers: their own rank.
+    """
 
     r: int = 32
     exclude_modules: list[str] | set[str] | str | None = None

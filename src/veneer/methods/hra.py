@@ -28,7 +28,13 @@ from veneer.ops.rotation import reflections
 
 @dataclass
 class HRAConfig(LayerConfig):
-    """Settings of HRA."""
+    """Settings of HRA.
+
+    Attributes:
+        r: number of reflections.
+        apply_GS: orthonormalise their directions.
+        init_weights: True starts as the base model, False at random values.
+    """
 
     r: int = 8
     apply_GS: bool = False

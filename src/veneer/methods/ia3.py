@@ -26,6 +26,10 @@ from veneer.methods.sides import along
 class IA3Config(LayerConfig):
     """Settings of (IA)^3: ``feedforward_modules`` names the targets whose input is scaled.
 
+    Attributes:
+        feedforward_modules: those of the targets whose input is scaled, not their output.
+        init_ia3_weights: True starts as the base model, False at random values.
+
     Raises:
         ValueError: ``feedforward_modules`` names what ``target_modules`` does not.
     """

@@ -28,7 +28,17 @@ from veneer.core.sites import Site
 
 @dataclass
 class LilyConfig(LayerConfig):
-    """Settings of Lily. ``router_scope``: "sequence" (ours) or "batch" (the peer's)."""
+    """Settings of Lily. ``router_scope``: "sequence" (ours) or "batch" (the peer's).
+
+    Attributes:
+        r: rank.
+        stride_A: how many neighbouring layers share an A.
+        num_B: number of experts B_e.
+        scaling: s.
+        init_weights: True starts as the base model, False at random values.
+        router_scope: what the router averages over: None or "sequence" each text, "batch" the whole batch, as the peer
+            does.
+    """
 
     r: int = 32
     stride_A: int = 1

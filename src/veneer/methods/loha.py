@@ -27,7 +27,17 @@ from veneer.methods.sides import columns
 
 @dataclass
 class LycorisConfig(LayerConfig):
-    """What LoHa and LoKr have in common."""
+    """What LoHa and LoKr have in common.
+
+    Attributes:
+        rank_pattern: name or regex of layers: their own rank.
+        alpha_pattern: name or regex of layers: their own alpha.
+        r: rank of the factors.
+        alpha: the change is scaled by alpha / r.
+        rank_dropout: share of the change's rows that are left out in a training step.
+        module_dropout: how often the whole change is left out in training.
+        use_effective_conv2d: factor a convolution's kernel as a core.
+    """
 
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, int] = field(default_factory=dict)
@@ -51,7 +61,11 @@ class LycorisConfig(LayerConfig):
 
 @dataclass
 class LoHaConfig(LycorisConfig):
-    """Settings of LoHa. ``init_weights=False`` draws W2b as well."""
+    """Settings of LoHa. ``init_weights=False`` draws W2b as well.
+
+    Attributes:
+        init_weights: True starts as the base model, False draws W2b as well.
+    """
 
     init_weights: bool = True
 

@@ -29,7 +29,14 @@ from veneer.methods.loha import Lycoris, LycorisConfig
 
 @dataclass
 class LoKrConfig(LycorisConfig):
-    """Settings of LoKr. ``init_weights``: True, "lycoris", or False (nothing zero)."""
+    """Settings of LoKr. ``init_weights``: True, "lycoris", or False (nothing zero).
+
+    Attributes:
+        decompose_both: factor W1 too where it is large.
+        decompose_factor: first part of each dimension; -1: near its root.
+        rank_dropout_scale: scale what ``rank_dropout`` leaves, so that its mean stays.
+        init_weights: True, "lycoris", or False (nothing zero).
+    """
 
     decompose_both: bool = False
     decompose_factor: int = -1

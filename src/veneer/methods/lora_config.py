@@ -15,6 +15,34 @@ from veneer.methods import lora_options as options
 class LoraConfig(LayerConfig):
     """Settings of LoRA and its variants, with the peer's field names and defaults.
 
+    Attributes:
+        r: rank of the change.
+        lora_alpha: the change is scaled by alpha / r.
+        lora_dropout: dropout on what the change reads, in training.
+        use_rslora: scale by alpha / sqrt(r) instead (rsLoRA).
+        init_lora_weights: True (B zero), False (both random), "gaussian", or a start: pissa, pissa_niter_N, olora,
+            milora, mica, orthogonal, loftq, eva, corda, lora_ga.
+        rank_pattern: name or regex of layers: their own rank.
+        alpha_pattern: name or regex of layers: their own alpha.
+        megatron_config: read from files, and refused: Megatron's layers are not built in.
+        megatron_core: belongs to ``megatron_config``.
+        loftq_config: settings of the start "loftq".
+        eva_config: settings of the start "eva".
+        corda_config: settings of the start "corda".
+        lora_ga_config: settings of the start "lora_ga".
+        use_dora: train the magnitudes of the weight's columns apart from their direction (DoRA).
+        velora_config: keep compressed activations for backward (VeLoRA).
+        monteclora_config: average over sampled factors while training (MonteCLoRA).
+        kasa_config: a truncated base and singular values of its own for the change (KaSA).
+        use_bdlora: block-diagonal factors, for serving on several devices (BD-LoRA).
+        arrow_config: route each token among several trained LoRAs without training a router (Arrow).
+        alora_invocation_tokens: act only from this token sequence on (aLoRA).
+        use_qalora: pool the input in groups, so that the change merges into a group-wise quantised weight (QA-LoRA).
+        qalora_group_size: the size of those groups.
+        layer_replication: ranges (start, end) of blocks that make a deeper model, each copy with its own LoRA.
+        runtime_config: settings of this process, never saved.
+        lora_bias: give B a bias.
+
     Raises:
         ValueError: options that exclude each other.
         TypeError: a nested config that is neither its class nor a dict.

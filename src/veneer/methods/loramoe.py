@@ -30,7 +30,18 @@ from veneer.ops.gating import gated_lowrank
 
 @dataclass
 class LoraMoeConfig(LayerConfig):
-    """Settings of LoRAMoE; the paper sits at the linear layers of the feed-forward blocks."""
+    """Settings of LoRAMoE; the paper sits at the linear layers of the feed-forward blocks.
+
+    Attributes:
+        r: rank of each expert.
+        lora_alpha: s is alpha / r.
+        lora_dropout: dropout on what the change reads, in training.
+        experts: number of experts.
+        knowledge_experts: how many of them are for samples that keep the model's knowledge.
+        delta: d: how strongly the two kinds are told apart.
+        balance_weight: weight of the balancing term in the loss.
+        rank_pattern: name or regex of layers: their own rank.
+    """
 
     r: int = 4
     lora_alpha: int = 32

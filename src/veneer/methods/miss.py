@@ -25,7 +25,14 @@ from veneer.methods.sides import columns, input_dropout
 
 @dataclass
 class MissConfig(LayerConfig):
-    """Settings of MiSS. ``init_weights``: True, "bat", "mini", or False for a random start."""
+    """Settings of MiSS. ``init_weights``: True, "bat", "mini", or False for a random start.
+
+    Attributes:
+        r: length of the chunks that share one block.
+        miss_dropout: dropout on what the change reads, in training; not with "bat".
+        mini_r: width m of the block with "mini".
+        init_weights: True, "bat", "mini", or False for a random start.
+    """
 
     r: int = 64
     miss_dropout: float = 0.0

@@ -33,7 +33,18 @@ PROJECTIONS = ("gate", "up", "down")
 
 @dataclass
 class MixLoraConfig(LayerConfig):
-    """Settings of MixLoRA."""
+    """Settings of MixLoRA.
+
+    Attributes:
+        r: rank of each expert.
+        lora_alpha: s is alpha / r.
+        lora_dropout: dropout on what the change reads, in training.
+        experts: number of experts.
+        top_k: experts a token.
+        router_init: spread of the router's start.
+        balance_weight: weight of the balancing term in the loss.
+        rank_pattern: name or regex of layers: their own rank.
+    """
 
     r: int = 16
     lora_alpha: int = 32

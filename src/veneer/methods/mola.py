@@ -36,6 +36,15 @@ class MolaConfig(LayerConfig):
 
     ``experts`` is a number for every layer, a list for equal groups of layers from the input up (one entry a layer, or
     fewer), or the name of one of the paper's allocations.
+
+    Attributes:
+        r: rank of each expert.
+        lora_alpha: s is alpha / r.
+        lora_dropout: dropout on what the change reads, in training.
+        experts: a number for every layer, a list for groups of layers, or the name of an allocation.
+        top_k: experts a token.
+        balance_weight: weight of the balancing term in the loss.
+        rank_pattern: name or regex of layers: their own rank.
     """
 
     r: int = 8

@@ -37,6 +37,13 @@ class MoleConfig(LayerConfig):
     ``adapters`` maps a name for each trained LoRA to its folder; what else describes them is read off those folders:
     ``experts`` (their names), ``r`` (the largest of their ranks) and ``target_modules``. A saved mixture holds its
     experts, so the folders are not written down.
+
+    Attributes:
+        adapters: name: folder of each trained LoRA.
+        experts: their names; filled in.
+        r: the largest of their ranks; filled in.
+        gate: what a gate reads: "token" or "sequence".
+        balance_weight: weight of the balancing term in the loss.
     """
 
     adapters: dict[str, str] | None = field(default=None, metadata={"never_saved": True})

@@ -38,6 +38,13 @@ class MultitaskPromptTuningInit(str, enum.Enum):
 class MultitaskPromptTuningConfig(PromptTuningConfig):
     """Settings of multitask prompt tuning.
 
+    Attributes:
+        prompt_tuning_init: RANDOM, TEXT, AVERAGE_SOURCE_TASKS, EXACT_SOURCE_TASK or ONLY_SOURCE_SHARED.
+        prompt_tuning_init_state_dict_path: the source's file, for a start from it.
+        prompt_tuning_init_task: the source task of EXACT_SOURCE_TASK.
+        num_ranks: rank of each task's factors.
+        num_tasks: number of tasks.
+
     Raises:
         ValueError: at ``get_peft_model``: a start from a source without its file, or numbers below 1.
     """

@@ -30,6 +30,17 @@ from veneer.ops.rotation import cayley, nearest_divisor, neumann, skew, turn
 class OFTConfig(LayerConfig):
     """Settings of OFT. A block size (or count) that does not divide a layer's width gives way to the nearest that does.
 
+    Attributes:
+        r: number of blocks a layer, instead of their size.
+        oft_block_size: size b of the rotations; 0 where ``r`` is set.
+        module_dropout: share of the blocks that stay the identity in a training step.
+        init_weights: True starts as the base model, False at random values.
+        coft: keep every rotation near the identity.
+        eps: how near.
+        block_share: one rotation for all blocks of a layer.
+        use_cayley_neumann: the series instead of the solve.
+        num_cayley_neumann_terms: its length.
+
     Raises:
         ValueError: not exactly one of ``r`` (blocks) and ``oft_block_size`` is set.
     """

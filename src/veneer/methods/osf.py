@@ -26,7 +26,14 @@ from veneer.methods.sides import columns, factored
 
 @dataclass
 class OSFConfig(LayerConfig):
-    """Settings of OSF. ``effective_rank``: how many triplets stay, a number or a share; None: half."""
+    """Settings of OSF. ``effective_rank``: how many triplets stay, a number or a share; None: half.
+
+    Attributes:
+        effective_rank: how many triplets stay, a number or a share; None: half.
+        rank_pattern: name or regex of layers: their own ``effective_rank``.
+        init_weights: read from files; the start is the base model always.
+        target_svd_config: refused; ``effective_rank`` and ``rank_pattern`` say the same.
+    """
 
     effective_rank: int | float | None = None
     rank_pattern: dict[str, int | float] | None = None

@@ -35,6 +35,12 @@ class PromptEncoderConfig(PromptLearningConfig):
 
     ``encoder_num_layers`` and ``encoder_dropout`` are the LSTM's; the MLP has three layers always.
 
+    Attributes:
+        encoder_reparameterization_type: MLP or LSTM.
+        encoder_hidden_size: width of the encoder; None: the model's.
+        encoder_num_layers: layers of the LSTM.
+        encoder_dropout: dropout of the LSTM.
+
     Raises:
         ValueError: an encoder that is neither MLP nor LSTM.
     """

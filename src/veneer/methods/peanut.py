@@ -46,7 +46,15 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class PeanutConfig(LayerConfig):
-    """Settings of PEANuT."""
+    """Settings of PEANuT.
+
+    Attributes:
+        r: width of the tweaker.
+        depth: pairs of inner layers.
+        act_fn: its non-linearity.
+        scaling: s.
+        init_weights: True starts as the base model, False at random values.
+    """
 
     r: int = 32
     depth: int = 0

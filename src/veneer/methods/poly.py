@@ -27,7 +27,16 @@ from veneer.core.sites import Site
 
 @dataclass
 class PolyConfig(LayerConfig):
-    """Settings of Poly and MHR; a batch names its tasks with ``task_ids`` (batch,)."""
+    """Settings of Poly and MHR; a batch names its tasks with ``task_ids`` (batch,).
+
+    Attributes:
+        r: rank of each skill.
+        poly_type: "poly", the only one.
+        n_tasks: number of tasks.
+        n_skills: number of skills that they share.
+        n_splits: parts of a layer that choose apart; 1 is Poly, more are MHR.
+        init_weights: True starts as the base model, False at random values.
+    """
 
     r: int = 8
     poly_type: str = "poly"

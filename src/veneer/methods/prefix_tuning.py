@@ -26,6 +26,11 @@ from veneer.methods.p_tuning import Encoded
 class PrefixTuningConfig(PromptLearningConfig):
     """Settings of prefix tuning.
 
+    Attributes:
+        init_weights: None (normal draws) or "zero".
+        encoder_hidden_size: width of the table's perceptron; None: the model's.
+        prefix_projection: make the table by a perceptron while training.
+
     Raises:
         ValueError: at ``get_peft_model``: ``init_weights`` other than None (normal draws) or "zero".
     """

@@ -32,6 +32,12 @@ class PromptTuningInit(str, enum.Enum):
 class PromptTuningConfig(PromptLearningConfig):
     """Settings of prompt tuning.
 
+    Attributes:
+        prompt_tuning_init: RANDOM, SAMPLE_VOCAB (embeddings of random tokens) or TEXT.
+        prompt_tuning_init_text: the text whose embeddings are the start.
+        tokenizer_name_or_path: the tokenizer that reads it.
+        tokenizer_kwargs: further arguments for that tokenizer.
+
     Raises:
         ValueError: at ``get_peft_model``: TEXT without a text or a tokenizer, or ``tokenizer_kwargs`` without TEXT.
     """

@@ -28,6 +28,22 @@ from veneer.ops.rotation import cayley, neumann, skew
 class PsoftConfig(LayerConfig):
     """Settings of PSOFT.
 
+    Attributes:
+        r: dimension of the rotated subspace.
+        psoft_alpha: s is alpha / r.
+        psoft_dropout: dropout on what the change reads, in training.
+        ab_svd_init: "psoft_init" (A orthonormal) or "pissa_init" (the root of the singular values on either side).
+        psoft_svd: "full", or "lowrank" for a seeded approximation.
+        psoft_svd_lowrank_niter: its iterations.
+        random_seed: its seed.
+        psoft_orth: rotate; False trains a plain (r, r) matrix.
+        psoft_mag_b: train b.
+        psoft_mag_a: train a.
+        use_cayley_neumann: a series instead of the solve.
+        num_cayley_neumann_terms: its length.
+        cayley_neumann_eps: bound on Q's norm for the series; None: none.
+        init_weights: True starts as the base model, False at random values.
+
     Raises:
         ValueError: an unknown ``ab_svd_init`` or ``psoft_svd``, or a number out of its range.
     """

@@ -29,6 +29,17 @@ class PveraConfig(LayerConfig):
     """Settings of PVeRA.
 
     ``kl_weight`` adds that much of the mean KL divergence from N(0, 1) to the loss.
+
+    Attributes:
+        r: rank of the frozen matrices.
+        projection_prng_key: seed of the frozen random matrices.
+        save_projection: whether the frozen matrices stand in the file; False draws them again at load.
+        pvera_dropout: dropout on what the change reads, in training.
+        d_initial: what lambda_d starts at.
+        init_weights: True starts as the base model, False at random values.
+        sample_at_inference: draw noise in eval too.
+        generator_seed: seed of the noise.
+        kl_weight: weight of the KL divergence from N(0, 1) in the loss.
     """
 
     r: int = 256

@@ -29,6 +29,16 @@ class RandLoraConfig(LayerConfig):
     """Settings of RandLoRA. Without ``save_projection`` the bases are drawn again from ``projection_prng_key``.
 
     ``sparse``: bases of -1, 0, 1 with two thirds zeros; ``very_sparse``: all but 1 / sqrt(shorter side) zeros.
+
+    Attributes:
+        r: rank of each base; fewer make more bases.
+        projection_prng_key: seed of the frozen random matrices.
+        save_projection: whether the frozen matrices stand in the file; False draws them again at load.
+        sparse: bases of -1, 0, 1 with two thirds zeros.
+        very_sparse: all but 1 / sqrt(shorter side) zeros.
+        randlora_dropout: dropout on what the change reads, in training.
+        randlora_alpha: s is alpha / r.
+        init_weights: True starts as the base model, False at random values.
     """
 
     r: int = 32

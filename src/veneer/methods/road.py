@@ -39,6 +39,11 @@ class RoadVariant(str, enum.Enum):
 class RoadConfig(LayerConfig):
     """Settings of RoAd.
 
+    Attributes:
+        variant: "road_1", "road_2" or "road_4".
+        group_size: g, even.
+        init_weights: True starts as the base model, False at random values.
+
     Raises:
         ValueError: an unknown variant, or a group size that is not even and positive.
     """

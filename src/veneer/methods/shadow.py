@@ -21,6 +21,20 @@ from veneer.core.registry import method
 class ShadowConfig(LayerConfig):
     """Settings of SHADOW, as its files have them.
 
+    Attributes:
+        r: rank.
+        shadow_alpha: alpha.
+        shadow_dropout: dropout on the difference of the states.
+        init_weights: start of W_u.
+        shadow_model: what the small copy is made from.
+        shadow_num_hidden_layers: its layers.
+        shadow_hidden_size: its width.
+        shadow_num_attention_heads: its heads.
+        shadow_intermediate_size: its feed-forward width.
+        share_embeddings: whether it reads the base's embeddings.
+        update_hidden_size: width of T and G.
+        auxiliary_loss_weight: weight of the copy's own loss.
+
     Raises:
         NotImplementedError: at ``get_peft_model``, always.
     """

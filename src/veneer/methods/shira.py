@@ -28,7 +28,14 @@ Mask = Callable[..., Tensor]
 
 @dataclass
 class ShiraConfig(LayerConfig):
-    """Settings of SHiRA. For another ``mask_type`` than "random", set the attribute ``mask_fn`` (no file holds it)."""
+    """Settings of SHiRA. For another ``mask_type`` than "random", set the attribute ``mask_fn`` (no file holds it).
+
+    Attributes:
+        r: trains r (in + out) entries a layer.
+        mask_type: "random", or another word where ``mask_fn`` is set.
+        random_seed: seed of the places.
+        init_weights: True starts at zero, False at random values.
+    """
 
     r: int = 32
     mask_type: str = "random"

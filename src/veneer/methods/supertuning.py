@@ -26,7 +26,17 @@ from veneer.methods.sides import columns, factored, input_dropout
 
 @dataclass
 class SupertuningConfig(LayerConfig):
-    """Settings of Super-Tuning; ``lora_alpha`` defaults to 2 r."""
+    """Settings of Super-Tuning; ``lora_alpha`` defaults to 2 r.
+
+    Attributes:
+        sparsity: share of the entries that stay frozen.
+        select_top: the largest entries; False takes the smallest.
+        r: rank of the added LoRA (Supra); None: none.
+        lora_alpha: its alpha; None: 2 r.
+        lora_dropout: dropout on what the change reads, in training.
+        init_weights: True starts as the base model, False at random values.
+        save_precomputed_indices: keep the places in the file; False finds them again.
+    """
 
     sparsity: float = 0.99
     select_top: bool = True

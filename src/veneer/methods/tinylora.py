@@ -27,7 +27,18 @@ from veneer.ops.factor import top_svd
 
 @dataclass
 class TinyLoraConfig(LayerConfig):
-    """Settings of TinyLoRA. ``weight_tying``: 0 a vector for each layer, 1 one for all, between them by groups."""
+    """Settings of TinyLoRA. ``weight_tying``: 0 a vector for each layer, 1 one for all, between them by groups.
+
+    Attributes:
+        r: number of singular directions.
+        u: length of the trained vector.
+        weight_tying: 0 a vector for each layer, 1 one for all, between them by groups.
+        projection_seed: seed of the frozen random matrices.
+        save_projection: whether the frozen matrices stand in the file; False draws them again at load.
+        init_v_bound: v starts within this bound where ``init_weights`` is False.
+        tinylora_dropout: dropout on what the change reads, in training.
+        init_weights: True starts as the base model, False at random values.
+    """
 
     r: int = 2
     u: int = 64
@@ -51,7 +62,14 @@ class TinyLoraConfig(LayerConfig):
 
 @dataclass
 class LoraXSConfig(LayerConfig):
-    """Settings of LoRA-XS. ``init_std`` is the spread that R starts with."""
+    """Settings of LoRA-XS. ``init_std`` is the spread that R starts with.
+
+    Attributes:
+        r: number of singular directions.
+        lora_xs_alpha: the change is scaled by alpha / r; None: 1.
+        lora_xs_dropout: dropout on what the change reads, in training.
+        init_std: the spread that R starts with.
+    """
 
     r: int = 16
     lora_xs_alpha: float | None = None

@@ -1,6 +1,8 @@
-"""Trainable tokens: chosen rows of an embedding (and of a head tied to it) are replaced by trained ones.
+"""Trainable tokens (no paper; PEFT's method of that name, 2025): chosen rows of an embedding, and of a head tied to it.
 
-W'[rows] = theta        theta (n, dim), starting as a copy of W[rows]; all other rows stay untouched
+    W'[rows] = theta        theta (n, dim), starting as a copy of W[rows]; all other rows stay untouched
+
+Cost: none beside the layer's own; the file holds the trained rows alone.
 """
 
 from __future__ import annotations
@@ -21,7 +23,12 @@ from veneer.methods.bias import originals
 
 @dataclass
 class TrainableTokensConfig(LayerConfig):
-    """Which rows train. ``target_modules`` defaults to the model's input embedding."""
+    """Which rows train. ``target_modules`` defaults to the model's input embedding.
+
+    Attributes:
+        token_indices: the rows.
+        init_weights: True starts as the base model, False at random rows.
+    """
 
     modules_to_save: list[str] | None = newer()
     token_indices: list[int] = field(default_factory=list)

@@ -26,7 +26,17 @@ from veneer.methods.sides import columns, factored, input_dropout
 
 @dataclass
 class UniLoraConfig(LayerConfig):
-    """Settings of Uni-LoRA. Without ``save_indices`` the order is drawn again from ``proj_seed`` at load."""
+    """Settings of Uni-LoRA. Without ``save_indices`` the order is drawn again from ``proj_seed`` at load.
+
+    Attributes:
+        r: rank of B A.
+        proj_seed: seed of P.
+        theta_d_length: length L of theta.
+        unilora_dropout: dropout on what the change reads, in training.
+        init_theta_d_bound: theta starts within this bound.
+        init_weights: read from files; theta starts within its bound always.
+        save_indices: keep P's order in the file; False draws it again.
+    """
 
     r: int = 4
     proj_seed: int = 42

@@ -25,7 +25,18 @@ from veneer.methods.sides import columns, factored, input_dropout
 
 @dataclass
 class VBLoRAConfig(LayerConfig):
-    """Settings of VB-LoRA. With ``save_only_topk_weights`` the file holds top-k indices and weights, for inference."""
+    """Settings of VB-LoRA. With ``save_only_topk_weights`` the file holds top-k indices and weights, for inference.
+
+    Attributes:
+        r: rank of B A.
+        num_vectors: h, vectors in the bank.
+        vector_length: v; must divide a layer's sides.
+        topk: k.
+        save_only_topk_weights: keep top-k indices and weights in the file, which can then not train on.
+        vblora_dropout: dropout on what the change reads, in training.
+        init_vector_bank_bound: the bank starts within this bound.
+        init_logits_std: spread of the logits' start.
+    """
 
     r: int = 4
     num_vectors: int = 256

@@ -25,7 +25,16 @@ from veneer.methods.sides import columns, factored, input_dropout
 
 @dataclass
 class VeraConfig(LayerConfig):
-    """Settings of VeRA. Without ``save_projection`` A and B are drawn again from ``projection_prng_key`` at load."""
+    """Settings of VeRA. Without ``save_projection`` A and B are drawn again from ``projection_prng_key`` at load.
+
+    Attributes:
+        r: rank of the frozen matrices.
+        projection_prng_key: seed of the frozen random matrices.
+        save_projection: whether the frozen matrices stand in the file; False draws them again at load.
+        vera_dropout: dropout on what the change reads, in training.
+        d_initial: what lambda_d starts at.
+        init_weights: True starts as the base model, False at random values.
+    """
 
     r: int = 256
     projection_prng_key: int = 0

@@ -28,7 +28,18 @@ from veneer.ops.wavelets import filters, inverse
 
 @dataclass
 class WaveFTConfig(LayerConfig):
-    """Settings of WaveFT. ``proportional_parameters`` shares n among the layers by their size."""
+    """Settings of WaveFT. ``proportional_parameters`` shares n among the layers by their size.
+
+    Attributes:
+        n_frequency: number of trained entries a layer.
+        scaling: s.
+        wavelet_family: the filters; any of PyWavelets' discrete families.
+        use_idwt: False takes C itself as the change.
+        random_loc_seed: seed of the places.
+        n_frequency_pattern: name or regex of layers: their own number.
+        proportional_parameters: share the entries among the layers by their size.
+        init_weights: True starts as the base model, False at random values.
+    """
 
     n_frequency: int = 2592
     scaling: float = 25.0

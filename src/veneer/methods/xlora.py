@@ -25,7 +25,23 @@ from veneer.core.root import PerLayer, Root
 
 @dataclass
 class XLoraConfig(PeftConfig):
-    """Settings of X-LoRA. ``adapters`` maps a name for each expert to its folder."""
+    """Settings of X-LoRA. ``adapters`` maps a name for each expert to its folder.
+
+    Attributes:
+        hidden_size: the model's width; filled in.
+        adapters: name: folder of each expert.
+        enable_softmax: turn the scores into shares.
+        enable_softmax_topk: take the softmax again among the chosen ones.
+        layerwise_scalings: one set of shares for each layer; False: one for all.
+        xlora_depth: layers of the classifier c.
+        xlora_size: its width, where it has more than one layer.
+        xlora_dropout_p: its dropout.
+        use_trainable_adapters: the experts train too.
+        softmax_temperature: tau.
+        top_k_lora: keep this many experts a token; None: all.
+        scaling_pass_value: strength of the experts in the first pass.
+        global_scaling_weight: factor on all shares.
+    """
 
     hidden_size: int | None = None
     adapters: dict[str, str] | None = None
