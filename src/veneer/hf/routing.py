@@ -45,6 +45,10 @@ class Tally:
         load, before, tokens = self._sums.get(path, (torch.zeros_like(gates[0]), torch.zeros_like(entropy), 0))
         self._sums[path] = load + gates.sum(0), before + entropy, tokens + gates.shape[0]
 
+    def clear(self) -> None:
+        """Start anew."""
+        self._sums.clear()
+
     def uses(self) -> list[LayerUse]:
         """One entry a layer, from the input up."""
         return [
@@ -120,15 +124,10 @@ def routing(model: nn.Module, inputs: Mapping[str, Any], adapter_name: str = "de
     return found
 
 
-def last_routing(model: nn.Module, adapter_name: str = "default") -> list[LayerUse]:
-    """How the last training forward was routed; empty where there was none, or nothing routes."""
-    tuner, tally = tuner_of(model), Tally()
-    if adapter_name not in tuner.configs:
-        return []
-    adapters = list(tuner.adapters(adapter_name))
-    for path, gates in _gates(adapters, tuner.roots.get(adapter_name)):
-        tally.add(path, gates, tuner.inputs.get("attention_mask"))
-    return tally.uses()
+def routes(model: nn.Module, adapter_name: str = "default") -> bool:
+    """Whether the adapter is a mixture whose gates can be counted."""
+    tuner = tuner_of(model)
+    return adapter_name in tuner.roots or any(hasattr(a, "routed") for _, a in tuner.adapters(adapter_name))
 
 
 def expert_names(model: nn.Module, adapter_name: str = "default") -> list[str]:

@@ -142,6 +142,9 @@ class Progress(TrainerCallback):
         """Show the newest loss."""
         if "eval_loss" in logs:
             self.held = f"held-out {logs['eval_loss']:.4f}"
+            if "eval_routing_entropy" in logs:
+                self.held += f"  gates' entropy {logs['eval_routing_entropy']:.2f}"
+                self.held += f", busiest expert {logs['eval_routing_busiest']:.0%}"
             if self.mode == "plain":
                 self.console.print(f"step {state.global_step}/{state.max_steps}  {self.held}", highlight=False)
         if "loss" in logs:

@@ -9,7 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from veneer.train import inspection
+from veneer.train import inspection, routing_report
 from veneer.train.callbacks import duration, size
 from veneer.train.charts import Series, heat_table, line_chart, smooth
 
@@ -61,6 +61,7 @@ def write(folder: str | Path) -> Path:
     report = _json(folder / "report.json")
     settings = (folder / "run.yaml").read_text(encoding="utf-8") if (folder / "run.yaml").is_file() else ""
     body = [_head(folder, report, settings), _tiles(report, lines), _curves(lines, report), _samples(report)]
+    body += [routing_report.section(lines, report.get("best_step"))]
     body += [_layers(folder), _data(report), _settings(settings)]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'

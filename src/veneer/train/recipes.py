@@ -17,12 +17,14 @@ import torch
 from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback
 
+from veneer.hf.routing import routes
 from veneer.train import adapters, document, html, models
 from veneer.train.callbacks import Adapters, Interrupt, Metrics, Progress, size
 from veneer.train.config import USED_BY, RunConfig
 from veneer.train.optim import OPTIMISERS
 from veneer.train.prepare import Prepared, build, counts
 from veneer.train.provenance import header
+from veneer.train.routing_log import RoutingLog
 from veneer.train.trainer import checkpoints
 
 
@@ -168,6 +170,8 @@ def _trainer(prepared: Prepared, model: Any, device: torch.device, console: Cons
     metrics = Metrics(Path(config.output.dir) / "metrics.jsonl", lambda: trainer.tokens_seen, device)
     progress = Progress(console, config.log.progress, lambda: trainer.tokens_seen, device)
     interrupt = Interrupt(console.print)
+    if routes(model):
+        trainer.callback_handler.callbacks.insert(0, RoutingLog(metrics.path, model))
     callbacks = [Adapters(), metrics, progress, interrupt]
     if config.eval.patience and best:
         callbacks.append(EarlyStoppingCallback(config.eval.patience))
