@@ -12,6 +12,7 @@ from torch import nn
 from veneer.core import registry
 from veneer.core.config import PeftConfig
 from veneer.core.sites import Site
+from veneer.engine.blueprint import Pairs
 from veneer.engine.combine import add_weighted_adapter
 from veneer.engine.packed_merge import REQUANTIZE, MergeReport
 from veneer.engine.targets import ALL_LINEAR, walk
@@ -19,6 +20,7 @@ from veneer.engine.tuner import Tuner
 from veneer.hf.architectures import default_targets, present
 from veneer.hf.layer_face import PeftLayer
 from veneer.hf.quantised import dequantized, way_of
+from veneer.hf.read_weights import ReadLayer, reader_of, refuse_unreadable
 from veneer.hf.replicate import Replication, check_agrees, ranges_of, replicate
 
 
@@ -66,8 +68,12 @@ class PeftTuner(Tuner):
         if getattr(config, "target_modules", None) == ALL_LINEAR:
             config.target_modules = names_of(self.model, [site.path for site in own])  # type: ignore[attr-defined]
 
+    def _accept(self, pairs: Pairs, config: PeftConfig) -> None:
+        refuse_unreadable(self.model, pairs, training=not config.inference_mode)
+
     def _wrapped(self, layer: nn.Module, site: Site) -> PeftLayer:
-        return PeftLayer(layer, site, self.state, self)
+        kind = PeftLayer if reader_of(self.model, site.path) is None else ReadLayer
+        return kind(layer, site, self.state, self)
 
     # ---- layer replication ------------------------------------------------------------------------------------------
     def _deepen(self, name: str, config: PeftConfig) -> bool:
