@@ -106,7 +106,6 @@ class Tuner(nn.Module):
         for site, adapter in drawn.pairs:
             self._plant(name, site, adapter)
         self.configs[name] = config
-        self._name()
         self._train(name, False)
         if name in self.roots and not self.roots[name].trains_members:
             self.freeze(*self.roots[name].members)
@@ -166,6 +165,7 @@ class Tuner(nn.Module):
         if adapter.looks_around:
             object.__setattr__(adapter, "beside", host.adapters)  # no sub-module of its own
         self._hosts[name].append(host)
+        self.state.changed()
         if adapter.residual is not None and host not in self._split_hosts:
             self._split_hosts.append(host)
 
@@ -234,9 +234,10 @@ class Tuner(nn.Module):
         if active != self.state.active:
             self.state.active = active
             self._settle()
+        self.state.changed()
         for host in reversed(self._hosts.pop(name)):
-            host.set_gain(name, 1.0)
             del host.adapters[name]
+            host.gains.pop(name, None)
             if not len(host.adapters):
                 self._unwrap(host)
         self._split_hosts = [h for h in self._split_hosts if any(a.residual is not None for a in h.adapters.values())]
@@ -247,7 +248,6 @@ class Tuner(nn.Module):
         self._training.discard(name)
         self._frozen.discard(name)
         self.state.gains.pop(name, None)
-        self._name()
         self._watch()
 
     def _unwrap(self, host: Adapted) -> None:
@@ -269,12 +269,12 @@ class Tuner(nn.Module):
         self._require(old)
         self._free(old)
         self._check_name(new)
+        self.state.changed()
         for host in self._hosts[old]:
             host.adapters[new] = host.adapters.pop(old)
             host.merged_names = tuple(new if n == old else n for n in host.merged_names)
             if old in host.gains:
-                host.set_gain(new, host.gains[old])
-                host.set_gain(old, 1.0)
+                host.gains[new] = host.gains.pop(old)
         for table in (self.shared, self.prompts):
             if old in table:
                 table[new] = table.pop(old)
@@ -287,13 +287,6 @@ class Tuner(nn.Module):
             if old in mapping:
                 mapping[new] = mapping.pop(old)
         self.state.active = tuple(new if n == old else n for n in self.state.active)
-        self._name()
-
-    def _name(self) -> None:
-        """Tell the wrappers and the switchboard which adapters there are."""
-        for host in self._all_hosts():
-            host.settle()
-        self.state.name(*self.configs)
 
     def unload(
         self,
@@ -340,7 +333,6 @@ class Tuner(nn.Module):
         for parameter in self._was_trainable:
             parameter.requires_grad_(True)
         self._hosts, self.configs, self._merged_hosts, self._split_hosts = {}, {}, [], []
-        self.state.name()
         self.shared, self.prompts = nn.ModuleDict(), nn.ModuleDict()
         self._watch()
         return self.model
