@@ -14,6 +14,7 @@ from parity import both_ways, call, near, needs_peer, ours, peer, read, read_by_
 from veneer import LoraConfig
 from veneer.engine import checkpoint
 from veneer.engine.tuner import Tuner
+from veneer.ops import lowrank
 
 
 def one(tuner: Tuner):
@@ -102,7 +103,18 @@ def _add(parameter: torch.Tensor) -> None:
         parameter.add_(1.0)
 
 
-def test_dropout_falls_on_both_halves_alike() -> None:
+@pytest.fixture
+def torchs_masks(monkeypatch) -> None:
+    """Has the fused form drop what ``F.dropout`` drops."""
+
+    def dropped(x: torch.Tensor, p: float) -> lowrank.Dropped:
+        left = nn.functional.dropout(x, p)
+        return lowrank.Dropped(left * (1 - p), (left != 0).to(torch.uint8), 1 - p)
+
+    monkeypatch.setattr(lowrank, "dropped", dropped)
+
+
+def test_dropout_falls_on_both_halves_alike(torchs_masks) -> None:
     torch.manual_seed(0)
     layer, x = nn.Linear(16, 5), torch.randn(3, 16)
     tuner = ours(Chain(None, layer), dora(lora_dropout=0.5)).train()
@@ -186,7 +198,7 @@ def test_parity(kind: str, options: dict, tmp_path) -> None:
 
 
 @needs_peer
-def test_dropout_parity(tmp_path) -> None:
+def test_dropout_parity(tmp_path, torchs_masks) -> None:
     import peft
 
     base, x = base_of("linear"), inputs_of("linear")

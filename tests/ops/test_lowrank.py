@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from veneer import LoraConfig
 from veneer.engine.tuner import Tuner
-from veneer.ops.lowrank import LowRank, fused_linear, joined, lowrank
+from veneer.ops import lowrank as ops
+from veneer.ops.lowrank import Layer, LowRank, fused_linear, fused_linears, joined, lowrank
 
 
 def tensors(dtype=torch.float64, *, batch=(5, 3), wide=7, out=9, r=4):
@@ -59,6 +60,68 @@ def test_dropout_draws_one_mask_for_forward_and_backward() -> None:
 
     assert not torch.allclose(run(x, a, b), fused_linear(x, w, None, low._replace(dropout=0.0)))
     assert torch.autograd.gradcheck(run, (x, a, b))  # fails if backward's mask were another one
+
+
+def eager(x, layers: list[Layer], keep: torch.Tensor | None = None, share: float = 1.0) -> list[torch.Tensor]:
+    """Each layer by the formula, its parts one by one."""
+    seen = x if keep is None else x * keep / share
+    ys = []
+    for w, bias, low in layers:
+        y = F.linear(x, w, bias)
+        if low is not None:
+            delta = lowrank(seen, low.a, low.b, low.scaling)
+            g = 1.0 if low.gain is None else low.gain
+            y = y + (g - 1) * F.linear(seen, w) + g * delta
+        ys.append(y)
+    return ys
+
+
+def three(x, gains: bool, dropout: float = 0.0) -> tuple[list[Layer], list[torch.Tensor]]:
+    """Layers of different widths and ranks, the middle one without a branch, and what trains in them."""
+    layers, trained = [], []
+    for out, r in ((9, 4), (5, 0), (6, 2)):
+        a, b, g = (torch.randn(*s, dtype=x.dtype, requires_grad=True) for s in ((r, 7), (out, r), (out,)))
+        low = LowRank(a, b, 0.5 * r, dropout, None, g if gains else None)
+        bias = torch.randn(out, dtype=x.dtype) if out != 5 else None
+        layers.append(Layer(torch.randn(out, 7, dtype=x.dtype), bias, low if r else None))
+        trained += ([a, b, g] if gains else [a, b]) if r else []
+    return layers, trained
+
+
+@pytest.mark.parametrize("gains", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("used", [(0, 1, 2), (2,), (1,)])
+def test_layers_that_share_an_input_equal_the_eager_ones(gains, dropout, used, monkeypatch) -> None:
+    x = tensors()[0]
+    layers, trained = three(x, gains, dropout)
+    keep = torch.randint(0, 2, (15, 7), dtype=torch.uint8)
+    monkeypatch.setattr(ops, "dropped", lambda x, p: ops.Dropped(x * keep, keep, 0.6))
+    ours = fused_linears(x, layers)
+    twins = eager(x, layers, keep.view_as(x) if dropout else None, 0.6)
+    assert all(torch.allclose(y, twin) for y, twin in zip(ours, twins, strict=True))
+    with torch.no_grad():
+        assert all(torch.allclose(y, twin) for y, twin in zip(fused_linears(x, layers), twins, strict=True))
+    both = [
+        torch.autograd.grad(sum((i + 1) * ys[i].square().sum() for i in used), (x, *trained), allow_unused=True)
+        for ys in (ours, twins)
+    ]
+    assert [g is None for g in both[0]] == [g is None for g in both[1]]
+    assert all(torch.allclose(mine, twin) for mine, twin in zip(*both, strict=True) if mine is not None)
+    if used == (0, 1, 2):
+        assert torch.autograd.gradcheck(lambda x, *_: fused_linears(x, layers), (x, *trained))
+
+
+def test_a_gain_keeps_its_precision_in_a_half_precision_layer() -> None:
+    torch.manual_seed(0)
+    x, w, a = torch.randn(256, 64), torch.randn(32, 64), torch.randn(4, 64)
+    b, g = torch.randn(32, 4, requires_grad=True), torch.rand(32).add_(0.5).requires_grad_()
+    half = fused_linear(x.bfloat16().requires_grad_(), w.bfloat16(), None, LowRank(a, b, 0.5, gain=g))
+    half.float().square().mean().backward()
+    grads = [b.grad, g.grad]
+    (exact,) = eager(x, [Layer(w, None, LowRank(a, b, 0.5, gain=g))])
+    twins = torch.autograd.grad(exact.square().mean(), (b, g))
+    assert half.dtype == torch.bfloat16 and (half - exact).abs().max() < 0.02 * exact.abs().max()
+    assert all((mine - twin).norm() < 0.01 * twin.norm() for mine, twin in zip(grads, twins, strict=True))
 
 
 def test_dropout_is_unbiased_at_the_rounded_probability() -> None:

@@ -40,8 +40,10 @@ class LowRankPath:
         lows: list[LowRank] = []
         for adapter in self.adapters:
             low = adapter.low_rank()
-            if low is None or low.bias is not None or (low.dropout and (self.route or len(self.adapters) > 1)):
+            if low is None or low.bias is not None:
                 return None
+            if (low.dropout or low.gain is not None) and (self.route or len(self.adapters) > 1):
+                return None  # what only one branch can have
             if low.a.dtype != x.dtype and x.dtype not in _HALF:
                 return None
             lows.append(low)

@@ -13,7 +13,7 @@ products; in eval mode n is kept until a tensor changes.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from veneer.core.adapter import Base, Weight
 from veneer.core.sites import Site
 from veneer.methods.lora import Lora, LoraConfig, LoraEmbedding, LoraWeight
+from veneer.ops.lowrank import LowRank
 
 ROWS_AT_ONCE = 1 << 22
 """Entries of W that are widened to float32 at a time."""
@@ -40,7 +41,8 @@ class Dora(Lora):
                 "with rank_pattern or exclude the layer."
             )
         self._bias_trains = config.bias != "none"
-        self._known: tuple[Any, ...] | None = None
+        self._known: Remembered | None = None
+        self._squares: Remembered | None = None
         split = self.residual is not None  # then W_res + s B A is W itself
         n = site.weight.detach().float().flatten(self._rows()).norm(dim=-1) if split else self._norm()
         shape = (1, -1, *[1] * len(site.kernel)) if site.kernel else n.shape
@@ -51,7 +53,7 @@ class Dora(Lora):
         return 2 if self.site.stack else 1
 
     def train(self, mode: bool = True) -> Dora:
-        self._known = None
+        self._known = self._squares = None
         return super().train(mode)
 
     # ---- the norm ---------------------------------------------------------------------------------------------------
@@ -64,14 +66,7 @@ class Dora(Lora):
         """n, remembered in eval mode for as long as the very same tensors hold the very same values."""
         if self.training or torch.compiler.is_compiling():
             return self._norm()
-        tensors = (self.site.stored, *(p for n, p in self.named_parameters() if n != "lora_magnitude_vector"))
-        if any(t.is_inference() for t in tensors):
-            return self._norm()  # such tensors do not count their changes
-        marks = [(t.data_ptr(), t._version) for t in tensors]
-        known = self._known
-        if known is not None and known[1] == marks and all(a is b for a, b in zip(known[0], tensors, strict=True)):
-            return known[2]
-        self._known = (tensors, marks, self._norm())
+        self._known = _remembered(self._known, (self.site.stored, *self.factors()), self._norm)
         return self._known[2]
 
     @torch.no_grad()
@@ -81,13 +76,22 @@ class Dora(Lora):
         wide = torch.promote_types(a.dtype, torch.float32)
         a, b = a.to(weight.device, wide), b.to(weight.device, wide)
         w = weight.reshape(*b.shape[:-1], a.shape[-1])  # (..., out, n)
-        step = max(1, ROWS_AT_ONCE // max(1, w.shape[-1] * w.shape[:-2].numel()))
-        pieces = [_squares(part.to(wide), a) for part in w.split(step, dim=-2)]
-        square, wa = (torch.cat(each, dim=-1 - i) for i, each in enumerate(zip(*pieces, strict=True)))
-        cross = (wa * b).sum(-1)
+        if torch.compiler.is_compiling():
+            squares = _squares(w, wide)
+        else:
+            self._squares = _remembered(self._squares, (self.site.stored,), lambda: _squares(w, wide))
+            squares = self._squares[2]
+        # In W's own dtype: the branch itself is computed in it, and a wide copy of W would cost more than the product.
+        wa = (w @ a.to(w.dtype).mT).to(wide)
         own = ((b @ (a @ a.mT)) * b).sum(-1)
-        n = (square + 2 * self.scaling * cross + self.scaling**2 * own).clamp_min(0).sqrt()
+        n = (squares + 2 * self.scaling * (wa * b).sum(-1) + self.scaling**2 * own).clamp_min(0).sqrt()
         return n.reshape(weight.shape[: self._rows()])
+
+    def low_rank(self) -> LowRank | None:
+        if type(self) is not Dora or self.site.kernel or self._bias_trains:
+            return None  # a trained bias is in the layer's output, but is not to be scaled
+        dropout = self.lora_dropout.p if self.training else 0.0
+        return LowRank(self.lora_A.weight, self.lora_B.weight, self.scaling, dropout, self.lora_B.bias, self.gain())
 
     # ---- the layer --------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor, base: Base) -> Tensor:
@@ -144,6 +148,21 @@ class DoraWeight(Dora, LoraWeight):
 Dora.embedding, Dora.parameter = DoraEmbedding, DoraWeight
 
 
-def _squares(w: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """(squared norms of the rows of w, w a^T)."""
-    return w.square().sum(-1), w @ a.mT
+def _squares(w: Tensor, wide: torch.dtype) -> Tensor:
+    """The squared norms of the rows of w, a piece at a time widened."""
+    step = max(1, ROWS_AT_ONCE // max(1, w.shape[-1] * w.shape[:-2].numel()))
+    return torch.cat([part.to(wide).square().sum(-1) for part in w.split(step, dim=-2)], dim=-1)
+
+
+Remembered = tuple[tuple[Tensor, ...], list[tuple[int, int]], Tensor]
+"""Tensors, what marked their values, and what was computed from them."""
+
+
+def _remembered(known: Remembered | None, tensors: tuple[Tensor, ...], make: Callable[[], Tensor]) -> Remembered:
+    """``known``, or, where it does not belong to these tensors as they are now, a new one."""
+    if any(t.is_inference() for t in tensors):
+        return tensors, [], make()  # such tensors do not count their changes
+    marks = [(t.data_ptr(), t._version) for t in tensors]
+    if known is not None and known[1] == marks and all(a is b for a, b in zip(known[0], tensors, strict=True)):
+        return known
+    return tensors, marks, make()
