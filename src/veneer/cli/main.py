@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli import adapter, compare, configs, export, foreign, run, start, talk
+from veneer.cli import adapter, compare, configs, export, foreign, mix, run, start, talk
 
 app = typer.Typer(
     name="veneer",
@@ -25,6 +25,7 @@ app.command()(start.init)
 app.command(context_settings=PASS_ON)(run.train)
 app.command(context_settings=PASS_ON)(run.plan)
 app.command(context_settings=PASS_ON)(compare.compare)
+app.command(context_settings=PASS_ON)(mix.mix)
 app.command()(run.report)
 app.command()(talk.generate)
 app.command()(talk.chat)

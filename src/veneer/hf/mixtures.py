@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from veneer.engine.combine import RULES
 from veneer.hf.experts import Expert, read
 from veneer.hf.lorahub import search
 from veneer.hf.model import PeftModel
@@ -32,19 +34,23 @@ def mix(
     Args:
         model: the base model that all of them were trained on; wrapped in place.
         adapters: a name for each LoRA -> its folder or hub id.
-        method: "mole" (a gate per layer, trained), "xlora" (one classifier, trained), "arrow" (no training) or
-            "lorahub" (weights searched by ``loss``; the result is one plain LoRA).
+        method: "mole" (a gate per layer, trained), "xlora" (one classifier, trained), "arrow" (no training),
+            "lorahub" (weights searched by ``loss``; the result is one plain LoRA), or a rule of
+            ``add_weighted_adapter`` ("cat", "linear", "svd", "ties", "dare_ties", ...; the same, without a search).
         adapter_name: the mixture's name.
         options: fields of ``MoleConfig``, ``XLoraConfig`` or ``ArrowConfig``; for "arrow" also ``general={name:
-            folder}``; for "lorahub" the arguments of ``veneer.hf.lorahub.search``.
+            folder}``; for "lorahub" the arguments of ``veneer.hf.lorahub.search``; for a rule ``weights`` (default: one
+            divided by the number of adapters, each) and its own options (``density``, ``svd_rank``, ...).
 
     Raises:
         ValueError: an unknown method, adapters that are no plain LoRA, or ones of different bases.
     """
-    if method not in METHODS:
-        raise ValueError(f"Unknown method '{method}'; LoRAs are mixed by {', '.join(METHODS)}.")
-    experts = read(adapters)
-    return METHODS[method](model, experts, adapter_name, options)
+    make = METHODS.get(method)
+    if make is None and method in RULES:
+        make = partial(_combined, rule=method)
+    if make is None:
+        raise ValueError(f"Unknown method '{method}'; LoRAs are mixed by {', '.join([*METHODS, *RULES])}.")
+    return make(model, read(adapters), adapter_name, options)
 
 
 # ---- one function a method ----------------------------------------------------------------------------------------
@@ -82,15 +88,13 @@ def arrow(
     twice = sorted(experts.keys() & general.keys())
     if twice:
         raise ValueError(f"'{twice[0]}' names both a task's and a general adapter; give one of them another name.")
+    if config.top_k > len(experts) and config.top_k != ArrowConfig().top_k:
+        raise ValueError(f"top_k={config.top_k} is above the number of experts, {len(experts)}.")
     if config.use_gks and not general:
         raise ValueError("ArrowConfig(use_gks=True) needs general adapters to subtract: give general_adapter_paths.")
-    whole: PeftModel | None = None
-    for expert, e in (experts | general).items():
-        if whole is None:
-            whole = PeftModel.from_pretrained(model, e.folder, adapter_name=expert, **loading)
-        else:
-            whole.load_adapter(e.folder, expert, **loading)
-    assert whole is not None
+    if name in experts | general:
+        raise ValueError(f"The mixture itself is called '{name}'; give the adapter of this name another one.")
+    whole = _loaded(model, experts | general, **loading)
     config = copy.copy(config)
     config.task_adapter_names, config.gks_adapter_names = list(experts), list(general)
     first = next(iter(experts.values())).config
@@ -100,6 +104,19 @@ def arrow(
     router = LoraConfig(r=first.r, target_modules=sorted(named), arrow_config=config, task_type=first.task_type)
     whole.add_adapter(name, router)
     whole.set_adapter(name)
+    return whole
+
+
+def _loaded(model: nn.Module, experts: dict[str, Expert], **loading: Any) -> PeftModel:
+    """The model with every expert in it under its own name."""
+    (first, lead), *others = experts.items()
+    whole = PeftModel.from_pretrained(model, lead.folder, adapter_name=first, **loading)
+    try:
+        for name, e in others:
+            whole.load_adapter(e.folder, name, **loading)
+    except BaseException:
+        whole.base_model.unload()
+        raise
     return whole
 
 
@@ -130,6 +147,23 @@ def create_arrow_model(
 
 def _lorahub(model: nn.Module, experts: dict[str, Expert], name: str, options: dict[str, Any]) -> PeftModel:
     return search(model, experts, name, **options)
+
+
+def _combined(model: nn.Module, experts: dict[str, Expert], name: str, options: dict[str, Any], rule: str) -> PeftModel:
+    weights = list(options.pop("weights", None) or [1 / len(experts)] * len(experts))
+    if len(weights) != len(experts):
+        raise ValueError(f"weights has {len(weights)} entries for {len(experts)} adapters; give one for each.")
+    members = {f"mixed_{expert}": e for expert, e in experts.items()}  # a member may be called as the result is
+    whole = _loaded(model, members)
+    try:
+        whole.add_weighted_adapter(list(members), weights, name, rule, **options)
+    except BaseException:
+        whole.base_model.unload()
+        raise
+    for member in members:
+        whole.delete_adapter(member)
+    whole.set_adapter(name)
+    return whole
 
 
 METHODS: dict[str, Callable[[nn.Module, dict[str, Expert], str, dict[str, Any]], PeftModel]] = {

@@ -9,13 +9,14 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import EarlyStoppingCallback, PrinterCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
 from veneer.hf.routing import routes
 from veneer.train import adapters, document, html, models
@@ -112,14 +113,43 @@ def run(prepared: Prepared, console: Console, resume: bool = False) -> Outcome:
         return outcome
     if trainer.state.best_model_checkpoint:
         outcome.best_step = int(trainer.state.best_model_checkpoint.rsplit("-", 1)[1])
-    main = trainer.is_world_process_zero()
+    return _finished(prepared, model, trainer, outcome, trainer.is_world_process_zero())
+
+
+def without_training(prepared: Prepared, make: Callable[[Any], Any]) -> Outcome:
+    """What ``run`` leaves behind, for adapters that are combined and not trained.
+
+    Args:
+        prepared: what ``prepare`` decided; its adapter block is only written down.
+        make: puts the combination on the loaded base, and gives the adapted model.
+
+    Raises:
+        ValueError: the folder holds another run.
+    """
+    config, folder = prepared.config, Path(prepared.config.output.dir)
+    _open(prepared, folder, False)
+    models.threads(config.train.threads)
+    set_seed(config.train.seed)
+    began, computed = time.monotonic(), time.process_time()
+    model = make(prepared.task.load(prepared)).eval()
+    outcome = Outcome(str(folder), 0, *counts(model), held_out=bool(len(prepared.held)))
+    outcome.seconds, outcome.compute_seconds = time.monotonic() - began, time.process_time() - computed
+    outcome.task, outcome.score, outcome.higher = config.task, prepared.score.name, prepared.score.higher
+    outcome.before, outcome.samples = _before(prepared, model, None, folder, fresh=True)
+    (folder / "metrics.jsonl").touch()
+    return _finished(prepared, model, None, outcome, True)
+
+
+def _finished(prepared: Prepared, model: Any, trainer: Any, outcome: Outcome, main: bool) -> Outcome:
+    """Save, measure, answer, and write the report."""
+    folder = Path(outcome.folder)
     model.save_pretrained(str(folder), is_main_process=main)
     if main:
         prepared.tokenizer.save_pretrained(str(folder))
     outcome.after = _measured(prepared, model, trainer)
     for sample, text in zip(outcome.samples, prepared.task.answers(prepared, model), strict=True):
         sample.after = text.strip()
-    outcome.peak_memory = models.peak_memory(device)
+    outcome.peak_memory = models.peak_memory(next(model.parameters()).device)
     outcome.adapter_bytes = sum(file.stat().st_size for file in folder.glob("adapter_model.*"))
     outcome.data = _summary(prepared)
     if main:

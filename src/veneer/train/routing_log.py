@@ -1,4 +1,4 @@
-"""How a mixture routes while it trains: figures with every step, a table of layers and experts with every evaluation."""
+"""How a mixture routes while it trains: figures of every step, and tables of layers and experts."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class RoutingLog(TrainerCallback):
         if penalty is not None:
             self.step["penalty"] = round(float(penalty), 6)
         last = state.global_step == state.max_steps
-        if str(args.eval_strategy) == "no" and (last or state.global_step % int(args.eval_steps or 1) == 0):
+        if args.eval_strategy == "no" and (last or state.global_step % int(args.eval_steps or 1) == 0):
             self._write(uses, state)
 
     def on_log(
