@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import regex
 from torch import Tensor
 
-from veneer.core.config import PeftConfig
+from veneer.core.config import CONFIG_NAME, PeftConfig
 from veneer.engine import checkpoint
 from veneer.engine.tuner import Tuner
 from veneer.hf import hub
@@ -66,6 +67,13 @@ def read(adapters: Mapping[str, str | Path]) -> dict[str, Expert]:
     if len(bases) > 1:
         raise ValueError(f"The adapters were trained on different base models: {', '.join(sorted(bases))}.")
     return experts
+
+
+def beside(config: PeftConfig, folder: Path) -> dict[str, Path]:
+    """The adapters that Arrow's router chooses from, where they lie in its own folder: name -> folder."""
+    arrow: Any = getattr(config, "arrow_config", None)
+    names = [*(arrow.task_adapter_names or ()), *(arrow.gks_adapter_names or ())] if arrow is not None else []
+    return {name: folder / name for name in names if (folder / name / CONFIG_NAME).is_file()}
 
 
 _NOT_MIXED = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "lora_bias")

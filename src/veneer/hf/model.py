@@ -368,6 +368,7 @@ class PeftModel(nn.Module):
         )
         try:
             whole._load_tensors(folder, adapter_name, key_mapping, strict, kwargs)
+            whole._load_beside(config, folder)
         except BaseException:
             whole.base_model.unload()
             raise
@@ -408,6 +409,7 @@ class PeftModel(nn.Module):
             self._add(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
         try:
             report = self._load_tensors(folder, adapter_name, key_mapping, strict, kwargs)
+            self._load_beside(self.peft_config[adapter_name], folder)
         except BaseException:
             if fresh:
                 self.base_model.delete(adapter_name)
@@ -415,6 +417,12 @@ class PeftModel(nn.Module):
         if is_trainable:
             self.base_model.set_trainable(adapter_name, True)
         return report
+
+    def _load_beside(self, config: PeftConfig, folder: Path) -> None:
+        """Load the adapters that a router was saved together with, where they are not here yet."""
+        for name, where in experts.beside(config, folder).items():
+            if name not in self.peft_config:
+                self.load_adapter(where, name)
 
     def _load_tensors(
         self, folder: Path, name: str, key_mapping: dict[str, str] | None, strict: bool, kwargs: dict[str, Any]
