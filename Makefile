@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --prefer-binary $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable
 
-.PHONY: quickstart test lint bench clean help
+.PHONY: quickstart test lint bench docs clean help
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
@@ -42,8 +42,11 @@ lint: $(VENV)/.with-lint  ## format, style, types, and the direction of imports
 bench: $(VENV)/.with-test  ## speed and memory, beside the base model and peft
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/all.py $(ARGS)
 
+docs: $(VENV)/.with-docs  ## the site, into site/
+	DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet && echo "Open site/index.html"
+
 clean:  ## remove the environment, caches and builds
-	rm -rf .venv dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv dist build site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 	find src tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 # A stamp for each extra, so that a second call installs nothing; an edited pyproject.toml installs again.

@@ -99,6 +99,7 @@ def _shell(line: str, out: io.StringIO) -> None:
         finally:
             sys.argv = before
     else:
+        words = [sys.executable, *words[1:]] if words[0] == "python" else words
         done = subprocess.run(words, capture_output=True, text=True, timeout=300)
         out.write(done.stdout + done.stderr)
         if done.returncode:
