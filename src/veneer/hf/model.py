@@ -19,7 +19,7 @@ from veneer.core.config import CONFIG_NAME, PeftConfig, TaskType
 from veneer.core.prompt import Prompt
 from veneer.core.root import Root
 from veneer.engine import checkpoint
-from veneer.hf import card, experts, hub, prompted_generation, prompts, sharded, status, ties
+from veneer.hf import card, experts, hub, old_experts, prompted_generation, prompts, sharded, status, ties
 from veneer.hf.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from veneer.hf.tuner import meta_to_layers, tuner_class
 
@@ -353,7 +353,7 @@ class PeftModel(nn.Module):
         _refuse_offload(ephemeral_gpu_offload)
         folder = hub.resolve(model_id, kwargs.get("subfolder"), **hub.arguments(kwargs))
         config = config if config is not None else PeftConfig.read(folder)
-        config = copy.deepcopy(config)
+        config, tensors = _adopted(model, copy.deepcopy(config), folder, key_mapping, is_trainable)
         _own_members(config, folder)
         config.inference_mode = not is_trainable
         if config.is_prompt_learning and is_trainable:
@@ -367,7 +367,7 @@ class PeftModel(nn.Module):
             low_cpu_mem_usage=low_cpu_mem_usage,
         )
         try:
-            whole._load_tensors(folder, adapter_name, key_mapping, strict, kwargs)
+            whole._load_tensors(tensors, adapter_name, strict, kwargs)
             whole._load_beside(config, folder)
         except BaseException:
             whole.base_model.unload()
@@ -402,13 +402,15 @@ class PeftModel(nn.Module):
         _refuse_offload(ephemeral_gpu_offload)
         folder = hub.resolve(model_id, kwargs.get("subfolder"), **hub.arguments(kwargs))
         fresh = adapter_name not in self.peft_config
+        config, tensors = _adopted(
+            self.base_model.model, PeftConfig.read(folder), folder, key_mapping, is_trainable
+        )
         if fresh:
-            config = PeftConfig.read(folder)
             _own_members(config, folder)
             config.inference_mode = not is_trainable
             self._add(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
         try:
-            report = self._load_tensors(folder, adapter_name, key_mapping, strict, kwargs)
+            report = self._load_tensors(tensors, adapter_name, strict, kwargs)
             self._load_beside(self.peft_config[adapter_name], folder)
         except BaseException:
             if fresh:
@@ -425,9 +427,8 @@ class PeftModel(nn.Module):
                 self.load_adapter(where, name)
 
     def _load_tensors(
-        self, folder: Path, name: str, key_mapping: dict[str, str] | None, strict: bool, kwargs: dict[str, Any]
+        self, tensors: dict[str, torch.Tensor], name: str, strict: bool, kwargs: dict[str, Any]
     ) -> checkpoint.LoadReport:
-        tensors = hub.renamed(checkpoint.read(folder), key_mapping)
         report = set_peft_model_state_dict(
             self, tensors, name, ignore_mismatched_sizes=kwargs.get("ignore_mismatched_sizes", False), strict=strict
         )
@@ -460,6 +461,13 @@ class PeftModel(nn.Module):
             if name == "base_model" or name.startswith("__"):
                 raise
             return getattr(self.base_model, name)
+
+
+def _adopted(
+    model: nn.Module, config: PeftConfig, folder: Path, key_mapping: dict[str, str] | None, training: bool
+) -> tuple[PeftConfig, dict[str, torch.Tensor]]:
+    """The settings and tensors of a folder as they fit ``model``, whose experts may have been fused since."""
+    return old_experts.adopted(model, config, hub.renamed(checkpoint.read(folder), key_mapping), training)
 
 
 def _own_members(config: Any, folder: Path) -> None:

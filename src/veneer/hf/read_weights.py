@@ -156,7 +156,7 @@ class ReadLayer(PeftLayer):
         return self._with_adapters(what, own)
 
     def _with_adapters(self, what: str, own: Tensor | None) -> Tensor | None:
-        inside = []
+        inside: list[tuple[str, Adapter]] = []
         for name in self._names:
             adapter = self._own(name)
             if (copy := adapter.replacement()) is not None:
