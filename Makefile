@@ -43,7 +43,7 @@ bench: $(VENV)/.with-test  ## speed and memory, beside the base model and peft
 	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/all.py $(ARGS)
 
 docs: $(VENV)/.with-docs  ## the site, into site/
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/python -m mkdocs build --strict --quiet && echo "Open site/index.html"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "Open site/index.html"
 
 clean:  ## remove the environment, caches and builds
 	rm -rf .venv dist build site .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

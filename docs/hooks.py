@@ -13,6 +13,7 @@ DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(DOCS))
 
+import make_api
 import make_errors
 import make_method_pages
 
@@ -24,12 +25,12 @@ PICTURES = (".png", ".svg")
 def made() -> dict[str, str]:
     """path under docs/ -> text, of everything that is not written by hand."""
     copied = {path: (ROOT / source).read_text(encoding="utf-8") for path, source in COPIED.items()}
-    return {**make_method_pages.pages(), "errors.md": make_errors.page(), **copied}
+    return {**make_method_pages.pages(), "errors.md": make_errors.page(), "api.md": make_api.page(), **copied}
 
 
 def on_config(config: Any) -> Any:
     """Give every method its place in the navigation, and leave out guides that this version does not have."""
-    known = {str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md")} | {"errors.md", *COPIED}
+    known = {str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md")} | {"errors.md", "api.md", *COPIED}
     methods = [*sorted(f"methods/{n.lower()}.md" for n in make_method_pages.registry.METHODS)]
     starts = [f"methods/{make_method_pages.page_name(s)}" for s in (*make_method_pages.VARIANTS, *make_method_pages.STARTS)]
     pages = ["methods/index.md", {"What works where": "methods.md"}, *methods, {"Variants and starts of LoRA": starts}]
