@@ -13,9 +13,10 @@ from veneer.core.adapter import Adapter, Additive
 from veneer.core.sites import Site
 from veneer.engine.adapted import Adapted, State
 from veneer.engine.tuner import Tuner
+from veneer.hf import shown
 
 
-class PeftLayer(Adapted):
+class PeftLayer(shown.Shows, Adapted):
     """An adapted layer that answers to the method names people call on PEFT's layers."""
 
     def __init__(self, base_layer: nn.Module, site: Site, state: State, tuner: Tuner):
@@ -184,19 +185,34 @@ class PeftLayer(Adapted):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return adapter_name in self.adapters and isinstance(self.adapters[adapter_name], Additive)
 
-    def each(self, leaf: str) -> dict[str, Any]:
-        return _Named(super().each(leaf))
+    def each(self, leaf: str) -> Any:
+        """adapter -> its attribute ``leaf``; of modules and tensors a view that is a module, also of what layers share."""
+        held = shown.view(self.adapters, leaf)
+        if held is None:
+            sharing = {name: a.shared for name, a in self.adapters.items() if isinstance(a.shared, nn.Module)}
+            held = shown.view(sharing, leaf)
+        return _Named(super().each(leaf)) if held is None else held
 
     def __getattr__(self, name: str) -> Any:
         if name in _WRAPPER_NAMES:  # only where there are copies: their absence tells others what this is not
-            copies = _Named({n: c for n in self.adapters if (c := self._own(n).replacement()) is not None})
-            if not copies:
+            found = dict(shown.children(self)).get(name) if "_modules" in self.__dict__ else None
+            if found is None:
                 raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-            return copies if name == "modules_to_save" else self.get_base_layer()
+    # ---- the tree -----------------------------------------------------------------------------------------------------
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules inside as others know them; see ``veneer.hf.shown``."""
+        return shown.children(self)
+
+    def shown_name(self, key: str) -> str:
+        return shown.name_of(self, key)
+
+            return found
+        if name == "token_indices":
+            return shown.rows_trained(self.adapters)
         return super().__getattr__(name)
 
 
-_WRAPPER_NAMES = ("modules_to_save", "original_module")
+_WRAPPER_NAMES = (shown.COPY, shown.ORIGINAL, shown.TOKENS)
 
 
 def _listed(names: str | Sequence[str]) -> list[str]:

@@ -35,7 +35,7 @@ TASK_CLASSES: dict[str, type[PeftModel]] = {}
 """task_type -> the class for it; ``veneer.hf.tasks`` enters them."""
 
 
-class PeftModel(nn.Module):
+class PeftModel(shown.Shows):
     """A base model with named adapters.
 
     Args:
@@ -178,7 +178,7 @@ class PeftModel(nn.Module):
         return names or None
 
     # ---- running ----------------------------------------------------------------------------------------------------
-    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The adapted model. ``adapter_names``: one adapter per row of the batch, ``"__base__"`` for none."""
         self.base_model.route(adapter_names)
         return self._run(args, kwargs)
@@ -455,6 +455,29 @@ class PeftModel(nn.Module):
 
     # ---- the rest falls through -------------------------------------------------------------------------------------
     def __getattr__(self, name: str) -> Any:
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The base model and, where there are prompts, ``prompt_encoder`` with them by name."""
+        if "base_model" not in self._modules:
+            return
+        if len(self.base_model.prompts):
+            yield "prompt_encoder", self.prompt_encoder
+        yield "base_model", self.base_model
+
+    def shown_name(self, key: str) -> str:
+        start = "base_model.prompts."
+        return "prompt_encoder." + key.removeprefix(start) if key.startswith(start) else key
+
+    @property
+    def prompt_encoder(self) -> nn.ModuleDict:
+        """adapter -> its prompt, for prompt methods.
+
+        Raises:
+            AttributeError: the model has no prompt.
+        """
+        if not len(self.base_model.prompts):
+            raise AttributeError(f"This {type(self).__name__} has no prompt, hence no prompt_encoder.")
+        return shown.ShownModules(dict(self.base_model.prompts.items()))
+
         try:
             return super().__getattr__(name)
         except AttributeError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from veneer.core import registry
 from veneer.core.config import PeftConfig
+from veneer.core.root import Root
 from veneer.core.sites import Site
 from veneer.engine.blueprint import Pairs
 from veneer.engine.combine import add_weighted_adapter
@@ -21,10 +22,11 @@ from veneer.hf.architectures import default_targets, present
 from veneer.hf.layer_face import PeftLayer
 from veneer.hf.quantised import dequantized, way_of
 from veneer.hf.read_weights import ReadLayer, reader_of, refuse_unreadable
+from veneer.hf import shown
 from veneer.hf.replicate import Replication, check_agrees, ranges_of, replicate
 
 
-class PeftTuner(Tuner):
+class PeftTuner(shown.Shows, Tuner):
     """A model with adapters, as ``LoraModel(model, config, "default")`` makes it.
 
     Args:
@@ -207,6 +209,22 @@ class PeftTuner(Tuner):
     def update_and_allocate(self, global_step: int) -> None:
         """``after_step`` under AdaLoRA's name: call it after ``optimizer.step()``, before gradients are cleared."""
         self.after_step(global_step)
+
+    # ---- the tree -----------------------------------------------------------------------------------------------------
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules inside as others know them: what the layers of an adapter share stands beside the model."""
+        yield "model", self.model
+        yield from shown.leaves({name: m for name, m in self.shared.items() if not isinstance(m, Root)})
+        for kept in ("shared", "prompts"):
+            held = {n: m for n, m in getattr(self, kept).items() if kept == "prompts" or isinstance(m, Root)}
+            if held:
+                yield kept, shown.Holder(held)
+
+    def shown_name(self, key: str) -> str:
+        if not key.startswith("shared."):
+            return key
+        _, name, rest = key.split(".", 2)
+        return key if isinstance(self.shared[name], Root) else shown.leaf_name(name, rest)
 
     def get_model_config(self, model: nn.Module) -> dict[str, Any]:
         config = getattr(model, "config", {"model_type": "custom"})
