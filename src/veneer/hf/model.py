@@ -19,7 +19,7 @@ from veneer.core.config import CONFIG_NAME, PeftConfig, TaskType
 from veneer.core.prompt import Prompt
 from veneer.core.root import Root
 from veneer.engine import checkpoint
-from veneer.hf import card, experts, hub, old_experts, prompted_generation, prompts, sharded, status, ties
+from veneer.hf import card, experts, hub, old_experts, prompted_generation, prompts, sharded, shown, status, ties
 from veneer.hf.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from veneer.hf.tuner import meta_to_layers, tuner_class
 
