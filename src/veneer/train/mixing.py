@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from rich.console import Console
 
-from veneer.engine.combine import RULES, add_weighted_adapter
+from veneer.engine.combine import ENTRYWISE, RULES, add_weighted_adapter
 from veneer.hf import experts as folders
 from veneer.hf.lorahub import search
 from veneer.hf.mixtures import METHODS, mix
@@ -95,6 +95,8 @@ def check_options(method: str, options: dict[str, Any]) -> None:
     else:
         known = set(inspect.signature(add_weighted_adapter).parameters)
         known -= {"tuner", "adapters", "name", "combination_type"}
+    if method.startswith(ENTRYWISE) and "density" not in options:
+        raise ValueError(f"{method} keeps a share of each adapter's entries: say which, as --adapter.density 0.5.")
     for key in options:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0.6)
