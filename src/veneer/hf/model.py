@@ -453,8 +453,6 @@ class PeftModel(shown.Shows):
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
         return super().load_state_dict(ties.completed(self, state_dict), strict, assign)
 
-    # ---- the rest falls through -------------------------------------------------------------------------------------
-    def __getattr__(self, name: str) -> Any:
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """The base model and, where there are prompts, ``prompt_encoder`` with them by name."""
         if "base_model" not in self._modules:
@@ -478,6 +476,8 @@ class PeftModel(shown.Shows):
             raise AttributeError(f"This {type(self).__name__} has no prompt, hence no prompt_encoder.")
         return shown.ShownModules(dict(self.base_model.prompts.items()))
 
+    # ---- the rest falls through -------------------------------------------------------------------------------------
+    def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
