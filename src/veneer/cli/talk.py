@@ -47,9 +47,15 @@ def generate(
     seed: Seed = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Answer prompts, with an adapter or without."""
+    """Answer prompts, with an adapter or without.
+
+    A classifier answers with the class, a tagger with what is named in the text, an embedding model with the vector.
+    """
     rows = _rows(prompt or [], file)
     session = _session(model, adapter, device, dtype, seed, trust_remote_code)
+    if not session.writes:
+        _respond(session, rows, out)
+        return
     template = "none" if raw else None
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
     sink = out.open("w", encoding="utf-8") if out else None
@@ -76,6 +82,24 @@ def generate(
             print(file=sys.stderr)
 
 
+def _respond(session: Any, rows: list[dict[str, Any]], out: Path | None) -> None:
+    """Answers of a task that does not write text, 64 rows at a time."""
+    sink = out.open("w", encoding="utf-8") if out else None
+    try:
+        for start in range(0, len(rows), 64):
+            some = rows[start : start + 64]
+            for row, said in zip(some, session.respond([{**row, "text": _text(row)} for row in some]), strict=True):
+                if sink:
+                    sink.write(json.dumps({**row, **said}, ensure_ascii=False) + "\n")
+                elif isinstance(said["answer"], str):
+                    print(said["answer"], *(f"{value:.3f}" for value in said.values() if isinstance(value, float)))
+                else:
+                    print(json.dumps(said["answer"]))
+    finally:
+        if sink:
+            sink.close()
+
+
 def chat(
     model: Model = None,
     adapter: Annotated[
@@ -93,6 +117,9 @@ def chat(
     """Talk with a model; /base switches the adapter off and on, /help lists what else."""
     folders = list(adapter or [])
     session = _session(model, folders[0] if folders else None, device, dtype, seed, trust_remote_code)
+    if not session.writes:
+        task = session.recipe["task"]
+        raise ValueError(f"'{folders[0]}' was trained for {task} and cannot chat; ask it with `veneer generate`.")
     from veneer.train.conversation import Conversation
 
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
@@ -152,11 +179,17 @@ def _messages(row: dict[str, Any], system: str | None) -> list[dict[str, Any]]:
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
     else:
-        text = row.get("prompt") or row.get("instruction") or row.get("text")
-        if not isinstance(text, str):
-            raise ValueError(f"A row needs prompt, instruction or messages, and has {', '.join(map(str, row))}.")
-        extra = row.get("input") if "instruction" in row else None
-        messages = [{"role": "user", "content": f"{text}\n\n{extra}" if extra else text}]
+        messages = [{"role": "user", "content": _text(row)}]
     if system and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
     return messages
+
+
+def _text(row: dict[str, Any]) -> str:
+    if isinstance(row.get("tokens"), list):
+        return " ".join(map(str, row["tokens"]))
+    text = row.get("prompt") or row.get("instruction") or row.get("text") or row.get("anchor")
+    if not isinstance(text, str):
+        raise ValueError(f"A row needs prompt, instruction, text or messages, and has {', '.join(map(str, row))}.")
+    extra = row.get("input") if "instruction" in row else None
+    return f"{text}\n\n{extra}" if extra else text

@@ -23,6 +23,9 @@ from veneer.train import adapters, models
 
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 24
+BESIDE = {"reward": "reward", "rewards/margins": "margin", "margin": "margin"}
+BESIDE |= {"rewards/accuracies": "right", "accuracy": "right"}
+"""Figures that some tasks log with the loss, and what they are called beside it."""
 
 
 def sparkline(values: list[float], width: int = WIDTH) -> str:
@@ -106,16 +109,18 @@ class Progress(TrainerCallback):
         mode: ``live``, ``plain``, ``off``, or ``auto``: live in a terminal.
         seen: the tokens trained on so far.
         device: whose memory is shown.
+        score: the held-out figure that is shown.
     """
 
-    def __init__(self, console: Console, mode: str, seen: Callable[[], int], device: torch.device):
-        self.console, self.seen, self.device = console, seen, device
+    def __init__(self, console: Console, mode: str, seen: Callable[[], int], device: torch.device, score: str = "loss"):
+        self.console, self.seen, self.device, self.score = console, seen, device, score
         self.mode = mode if mode != "auto" else "live" if console.is_terminal else "plain"
         self.losses: list[float] = []
         self.recent: deque[tuple[float, int, int]] = deque(maxlen=20)
         self.live: Live | None = None
         self.spoken = 0.0
         self.held = ""
+        self.beside: list[str] = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -140,8 +145,9 @@ class Progress(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Show the newest loss."""
-        if "eval_loss" in logs:
-            self.held = f"held-out {logs['eval_loss']:.4f}"
+        figures = {k.removeprefix("eval_"): v for k, v in logs.items() if k.startswith("eval_")}
+        if self.score in figures:
+            self.held = f"held-out {'' if self.score == 'loss' else self.score + ' '}{figures[self.score]:.4f}"
             if "eval_routing_entropy" in logs:
                 self.held += f"  gates' entropy {logs['eval_routing_entropy']:.2f}"
                 self.held += f", busiest expert {logs['eval_routing_busiest']:.0%}"
@@ -149,6 +155,7 @@ class Progress(TrainerCallback):
                 self.console.print(f"step {state.global_step}/{state.max_steps}  {self.held}", highlight=False)
         if "loss" in logs:
             self.losses.append(logs["loss"])
+            self.beside = [f"{label} {logs[key]:.3f}" for key, label in BESIDE.items() if key in logs]
         if self.live:
             self.live.update(self._line(state))
         elif self.mode == "plain" and "loss" in logs and self._due(state):
@@ -187,7 +194,7 @@ class Progress(TrainerCallback):
     def _text(self, state: TrainerState) -> str:
         speed, left = self._figures(state)
         loss = f"loss {self.losses[-1]:.4f}" if self.losses else "loss -"
-        parts = [f"step {state.global_step}/{state.max_steps}", loss]
+        parts = [f"step {state.global_step}/{state.max_steps}", loss, *self.beside]
         if speed:
             parts += [f"{speed:,.0f} tokens/s", f"{duration(left)} left"]
         return "  ".join([*parts, size(models.memory(self.device))])
@@ -209,11 +216,14 @@ class Progress(TrainerCallback):
 class Adapters(TrainerCallback):
     """Tells the method that an optimiser step was taken, while the gradients are still there."""
 
+    def __init__(self, model: Any):
+        self.model = model
+
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """AdaLoRA's budget and the like."""
-        adapters.after_step(model, state.global_step + 1)
+        adapters.after_step(self.model, state.global_step + 1)
 
 
 class Interrupt(TrainerCallback):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -26,6 +27,7 @@ TaskName = Annotated[
 ]  # fmt: skip
 Amount = Annotated[float, Field(ge=0)]
 Rate = Annotated[float, Field(gt=0)]
+NAMES_ADAPTER = {"method", "path", "peft_type", "start"}
 
 
 class Section(BaseModel):
@@ -136,12 +138,49 @@ class Embeddings(Section):
     temperature: float = Field(0.05, gt=0, description="Cosine similarities are divided by it.")
 
 
+Reference = Literal["auto", "base", "start"]
+
+
 class Preference(Section):
     """For ``task: dpo``, ``kto``, ``orpo`` and ``reward``."""
+
+    beta: float = Field(0.1, gt=0, description="How near to the reference the model stays; ORPO's weight of its odds.")
+    loss: str = Field("auto", description="dpo: sigmoid, ipo, hinge, apo_zero, ...; kto: kto, apo_zero_unpaired.")
+    reference: Reference = Field(
+        "auto",
+        description="base: the model with its adapter off; start: as it starts; auto: start after adapter.start.",
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="Share of the pairs that may be the wrong way round.")
+    balance: Auto | tuple[Amount, Amount] = Field("auto", description="KTO's weights of good and bad rows.")
+    centre: float | None = Field(
+        None, ge=0, description="Keeps a reward model's numbers around zero, 0.01 for instance."
+    )
+
+
+class RewardFunction(Section):
+    """One reward: what an answer is worth."""
+
+    shorthand: ClassVar[str | None] = "use"
+    use: str = Field(
+        description="exact, number, regex, length, json, judge, model, or module:function, file.py:function."
+    )
+    weight: float = 1.0
+    options: dict[str, Any] = Field(default_factory=dict, description="Given to the function by name.")
 
 
 class RL(Section):
     """For ``task: grpo`` and ``rloo``."""
+
+    rewards: list[RewardFunction] = Field(default_factory=list, description="What an answer is worth; see the docs.")
+    generations: int = Field(8, ge=2, description="Answers to each prompt, which are compared with each other.")
+    max_new_tokens: int = Field(256, ge=1, description="Tokens of an answer at most.")
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    beta: float = Field(0.0, ge=0, description="Weight of the distance to the reference; 0 asks no reference.")
+    reference: Reference = Field("auto", description="As in preference.")
+    iterations: int = Field(1, ge=1, description="Steps on the same answers.")
+    loss: str = Field("auto", description="grpo: dapo, grpo, dr_grpo, bnpo, cispo, sapo, luspo, vespo.")
+    keep_cut: bool = Field(True, description="Learn from answers that were cut at max_new_tokens.")
 
 
 class Log(Section):
@@ -182,8 +221,11 @@ class RunConfig(Section):
     def _adapter(cls, value: Any) -> Any:
         if isinstance(value, str):
             return {"path": value}
-        if isinstance(value, dict) and not {"method", "path", "peft_type"} & value.keys():
-            raise ValueError("an adapter needs `method: lora` (see `veneer methods`) or `path: adapter_config.json`")
+        if isinstance(value, dict) and not NAMES_ADAPTER & value.keys():
+            raise ValueError(
+                "an adapter needs `method: lora` (see `veneer methods`), `path: adapter_config.json`, or `start: FOLDER` of "
+                "a trained one"
+            )
         return value
 
     def dump(self) -> str:
@@ -288,7 +330,7 @@ def _override(doc: Document, key: str, value: Any, flag: str) -> None:
     if len(loc) > 1 and not isinstance(written, dict) and written is not None:
         short = section.shorthand if section else "path"
         doc.values[loc[0]] = {short: written}
-    if loc[0] == "adapter" and written is None and loc[-1] not in ("adapter", "method", "path", "peft_type"):
+    if loc[0] == "adapter" and written is None and loc[-1] not in ("adapter", *NAMES_ADAPTER):
         doc.values["adapter"] = {"method": "lora"}
     if len(loc) == 1 and section and section.shorthand and isinstance(written, dict):
         loc = (loc[0], section.shorthand)
@@ -328,6 +370,10 @@ def _problems(error: ValidationError) -> list[tuple[Loc, str]]:
         elif one["type"] == "missing":
             message = f"'{name}' is missing{_describe(loc)}"
         else:
+            if one["type"] == "literal_error" and isinstance(one["input"], str):
+                choices = [choice.strip("'") for choice in re.findall(r"'[^']*'", one["ctx"]["expected"])]
+                if near := difflib.get_close_matches(one["input"], choices, 1, 0.6):
+                    one["msg"] += f"; did you mean {near[0]}?"
             spot = "".join(f"[{i}]" for i in inner if isinstance(i, int))
             message = f"'{name}{spot}' is {one['input']!r}: {_lower(one['msg'])}"
         messages = found.setdefault(loc, [])
@@ -378,5 +424,12 @@ def _locate(config: RunConfig, folder: Path) -> None:
     config.model.path = found(config.model.path)
     config.data.train = [found(p) for p in config.data.train]
     config.data.eval = [found(p) for p in config.data.eval]
-    if "path" in config.adapter:
-        config.adapter["path"] = found(config.adapter["path"])
+    for key in ("path", "start"):
+        if key in config.adapter:
+            config.adapter[key] = found(config.adapter[key])
+    for reward in config.rl.rewards:
+        source, _, function = reward.use.rpartition(":")
+        if source.endswith(".py"):
+            reward.use = f"{found(source)}:{function}"
+        if isinstance(reward.options.get("path"), str):
+            reward.options["path"] = found(reward.options["path"])

@@ -11,8 +11,8 @@ import torch
 import yaml
 from torch import nn
 
-from veneer.train import adapters, models
-from veneer.train.config import Model
+from veneer.train import adapters, models, tasks
+from veneer.train.config import Model, RunConfig
 from veneer.train.data import alpaca_prompt
 from veneer.train.rows import Row
 
@@ -111,12 +111,31 @@ class Session:
             settings.tokenizer = settings.tokenizer or str(adapter)
         self.settings = settings
         self.tokenizer = models.load_tokenizer(settings)
-        self.model: Any = models.load_model(settings)
+        self.task = tasks.find(self.recipe.get("task", "sft"))
+        self.model: Any = self._base()
         self.adapted = adapter is not None
         if adapter is not None:
             self.model = adapters.load(self.model, adapter).eval()
         opening = self.tokenizer("a", add_special_tokens=True)["input_ids"]
         self.bos = self.tokenizer.bos_token_id if opening[:1] == [self.tokenizer.bos_token_id] else None
+
+    def _base(self) -> Any:
+        if self.writes:
+            return models.load_model(self.settings)
+        config = self._config()
+        return self.task.open(config, self.task.settle(config, models.load_config(self.settings), self.tokenizer))
+
+    def _config(self) -> RunConfig:
+        return RunConfig.model_validate({**self.recipe, "model": self.settings.model_dump()})
+
+    @property
+    def writes(self) -> bool:
+        """Whether this is a language model, which is asked for text; other tasks ``respond`` to rows."""
+        return self.task.adapter_type == "CAUSAL_LM"
+
+    def respond(self, rows: list[Row]) -> list[Row]:
+        """What the task makes of rows with a ``text``: an ``answer`` for each, and what else there is to say."""
+        return self.task.respond(self._config(), self.tokenizer, self.model, rows)
 
     @property
     def template(self) -> str:

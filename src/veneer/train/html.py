@@ -86,11 +86,11 @@ def _head(folder: Path, report: dict[str, Any], settings: str) -> str:
 
 def _tiles(report: dict[str, Any], lines: list[dict[str, Any]]) -> str:
     tiles: list[tuple[str, str, str]] = []
-    if report.get("loss_before") is not None and report.get("loss_after") is not None:
-        better = "good" if report["loss_after"] < report["loss_before"] else ""
-        tiles.append(
-            (f"{report['loss_before']:.3f} → {report['loss_after']:.3f}", "held-out loss, before and after", better)
-        )
+    before = report.get("before") or {}
+    for name, after in (report.get("after") or {}).items():
+        higher = report["higher"] if name == report["score"] else name != "loss"
+        better = "good" if (after > before[name] if higher else after < before[name]) else ""
+        tiles.append((f"{before[name]:.3f} → {after:.3f}", f"held-out {name}, before and after", better))
     if report:
         share = 100 * report["trainable"] / report["total"]
         tiles += [
@@ -113,8 +113,9 @@ def _curves(lines: list[dict[str, Any]], report: dict[str, Any]) -> str:
 
     loss = points("loss")
     held = points("eval_loss")
-    if report.get("loss_before") is not None:
-        held = [(0, report["loss_before"]), *held]
+    first = report.get("before") or {}
+    if "loss" in first:
+        held = [(0, first["loss"]), *held]
     series = [Series("each step", loss, faint=True), Series("training", smooth(loss))] if loss else []
     series += [Series("held out", held, colour=2, dots=True)] if held else []
     speed = [
@@ -122,7 +123,15 @@ def _curves(lines: list[dict[str, Any]], report: dict[str, Any]) -> str:
         for a, b in itertools.pairwise(lines)
         if "loss" in a and "loss" in b and b["seconds"] > a["seconds"] and b["tokens"] > a["tokens"]
     ]
-    figures = [("Loss per learnt token", line_chart(series, "step", "loss"))]
+    learnt = {"sft": " per learnt token", "seq2seq": " per target token"}.get(report.get("task", "sft"), "")
+    figures = [(f"Loss{learnt}", line_chart(series, "step", "loss"))]
+    scored = [name for name in first if name != "loss" and points(f"eval_{name}")]
+    drawn_scores = [
+        Series(name, [(0, first[name]), *points(f"eval_{name}")], colour=colour, dots=True)
+        for colour, name in enumerate(scored[:4], 1)
+    ]
+    if drawn_scores:
+        figures.append(("On held-out rows", line_chart(drawn_scores, "step", "score")))
     for title, values, colour in (
         ("Learning rate", points("learning_rate"), 3),
         ("Gradient norm", points("grad_norm"), 4),

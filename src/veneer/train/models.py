@@ -7,6 +7,7 @@ import difflib
 import importlib.util
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,11 @@ def load_tokenizer(model: Model) -> Any:
 
 
 def load_model(
-    model: Model, dtype: torch.dtype | None = None, auto: str = "AutoModelForCausalLM", config: Any = None
+    model: Model,
+    dtype: torch.dtype | None = None,
+    auto: str = "AutoModelForCausalLM",
+    config: Any = None,
+    dense: Sequence[str] = (),
 ) -> nn.Module:
     """The base model on its device, in evaluation mode.
 
@@ -119,6 +124,7 @@ def load_model(
         dtype: in place of ``model.dtype``.
         auto: transformers' class that loads it.
         config: the base's config where it is not the stored one, such as one that names classes.
+        dense: layers that quantisation leaves alone, such as a head that trains.
 
     Raises:
         OSError: no such folder or id.
@@ -130,15 +136,17 @@ def load_model(
         options["attn_implementation"] = model.attention
     if config is not None:
         options["config"] = copy.deepcopy(config)  # which the loaded model keeps and changes
+    if dense:
+        options["ignore_mismatched_sizes"] = True  # a stored head of other classes gives way to a new one
     packs = model.quantize != "none" and not _built_in(model, device)
     if packs:
-        options |= {"quantization_config": _quantization(model, options["dtype"]), "device_map": {"": device}}
+        options |= {"quantization_config": _quantization(model, options["dtype"], dense), "device_map": {"": device}}
     loaded = _loading(model, model.path, lambda: getattr(transformers, auto).from_pretrained(model.path, **options))
     if packs:
         keep_layout(loaded)
         return loaded.eval()
     if model.quantize != "none":
-        loaded = quantize_model(loaded, double_quant=model.double_quant)
+        loaded = quantize_model(loaded, skip=dense, double_quant=model.double_quant)
     return loaded.to(device).eval()
 
 
@@ -147,12 +155,15 @@ def _built_in(model: Model, device: torch.device) -> bool:
     return model.quantize == "nf4" and not (device.type == "cuda" and importlib.util.find_spec("bitsandbytes"))
 
 
-def _quantization(model: Model, dtype: torch.dtype) -> Any:
+def _quantization(model: Model, dtype: torch.dtype, dense: Sequence[str]) -> Any:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ImportError(f"model.quantize {model.quantize} needs the package bitsandbytes: pip install bitsandbytes.")
+    # Names given here take the place of those that transformers leaves alone by itself.
+    skipped = {"llm_int8_skip_modules": [*dense, "lm_head"]} if dense else {}
     if model.quantize == "int8":
-        return transformers.BitsAndBytesConfig(load_in_8bit=True)
+        return transformers.BitsAndBytesConfig(load_in_8bit=True, **skipped)
     return transformers.BitsAndBytesConfig(
+        **skipped,
         load_in_4bit=True,
         bnb_4bit_quant_type=model.quantize.removeprefix("bnb-"),
         bnb_4bit_use_double_quant=model.double_quant,
@@ -160,14 +171,16 @@ def _quantization(model: Model, dtype: torch.dtype) -> Any:
     )
 
 
-def meta_model(model: Model, config: Any, dtype: torch.dtype, auto: str = "AutoModelForCausalLM") -> nn.Module:
+def meta_model(
+    model: Model, config: Any, dtype: torch.dtype, auto: str = "AutoModelForCausalLM", dense: Sequence[str] = ()
+) -> nn.Module:
     """The model without its weights: names and shapes only."""
     with torch.device("meta"):
         skeleton = getattr(transformers, auto).from_config(
             config, dtype=dtype, trust_remote_code=model.trust_remote_code
         )
     four_bit = model.quantize in ("nf4", "bnb-nf4", "fp4")  # which take the same bytes, whoever packs them
-    return quantize_model(skeleton, double_quant=model.double_quant) if four_bit else skeleton
+    return quantize_model(skeleton, skip=dense, double_quant=model.double_quant) if four_bit else skeleton
 
 
 def _common(model: Model) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,11 +199,11 @@ def _trainer(prepared: Prepared, model: Any, device: torch.device, console: Cons
     trainer = prepared.task.trainer(prepared, model, arguments, optimiser)
     trainer.remove_callback(PrinterCallback)
     metrics = Metrics(Path(config.output.dir) / "metrics.jsonl", lambda: trainer.tokens_seen, device)
-    progress = Progress(console, config.log.progress, lambda: trainer.tokens_seen, device)
+    progress = Progress(console, config.log.progress, lambda: trainer.tokens_seen, device, prepared.score.name)
     interrupt = Interrupt(console.print)
     if routes(model):
         trainer.callback_handler.callbacks.insert(0, RoutingLog(metrics.path, model))
-    callbacks = [Adapters(), metrics, progress, interrupt]
+    callbacks = [Adapters(model), metrics, progress, interrupt]
     if config.eval.patience and best:
         callbacks.append(EarlyStoppingCallback(config.eval.patience))
     for callback in callbacks:
@@ -264,12 +265,12 @@ def _measured(prepared: Prepared, model: Any, trainer: Any) -> dict[str, float]:
 def _before(
     prepared: Prepared, model: Any, trainer: Any, folder: Path, fresh: bool
 ) -> tuple[dict[str, float], list[Sample]]:
-    """Figures and answers of the bare base; kept on disk, so that a resumed run need not ask again."""
+    """Figures and answers of the base, or of the adapter that the run goes on from; kept on disk for a resumed run."""
     file = folder / "before.json"
     if not fresh and file.is_file():
         stored = json.loads(file.read_text(encoding="utf-8"))
         return stored["metrics"], [Sample(**one) for one in stored["samples"]]
-    with model.disable_adapter():
+    with nullcontext() if "start" in prepared.config.adapter else model.disable_adapter():
         metrics, answers = _measured(prepared, model, trainer), prepared.task.answers(prepared, model)
     samples = [
         Sample(shown, right, text.strip())

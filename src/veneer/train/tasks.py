@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
+from veneer.engine.targets import HEADS
 from veneer.train import adapters, models
 from veneer.train.config import RunConfig
 from veneer.train.data import Example
@@ -112,18 +113,37 @@ class Task(ABC):
     def facts(self, prepared: Prepared) -> list[tuple[str, str]]:
         """(what, how much) about the data, for the plan and the report."""
 
+    def respond(
+        self, config: RunConfig, tokenizer: Any, model: Any, rows: list[dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """What ``veneer generate`` says to each row: columns to add to it, ``answer`` among them.
+
+        Raises:
+            NotImplementedError: the task's models are asked as any language model is.
+        """
+        raise NotImplementedError(f"{type(self).__name__} answers as a language model.")
+
     # ---- model and adapter ------------------------------------------------------------------------------------------
     def learning_rate(self, adapter: Any, hidden: int | None) -> float:
         """The rate when none is set."""
         return adapters.learning_rate(adapter, hidden)
 
+    def settle(self, config: RunConfig, base: Any, tokenizer: Any) -> Any:
+        """The base's config with what the task's settings say of the model, such as the names of classes."""
+        return base
+
     def load(self, prepared: Prepared, dtype: Any = None) -> Any:
-        """The base with its weights."""
-        return models.load_model(prepared.config.model, dtype, self.auto, prepared.base)
+        """The base with its weights, and with a new head where the task has one."""
+        return self.open(prepared.config, prepared.base, dtype)
+
+    def open(self, config: RunConfig, base: Any, dtype: Any = None) -> Any:
+        """Likewise, for a run that is over."""
+        return models.load_model(config.model, dtype, self.auto, base, HEADS.get(self.adapter_type, ()))
 
     def skeleton(self, prepared: Prepared, dtype: Any) -> Any:
         """The base without its weights, on the meta device."""
-        return models.meta_model(prepared.config.model, prepared.base, dtype, self.auto)
+        heads = HEADS.get(self.adapter_type, ())
+        return models.meta_model(prepared.config.model, prepared.base, dtype, self.auto, heads)
 
     # ---- training ---------------------------------------------------------------------------------------------------
     def losses(self, prepared: Prepared, model: Any) -> Losses:
@@ -136,9 +156,8 @@ class Task(ABC):
 
     def measure(self, prepared: Prepared, model: Any, trainer: Any) -> dict[str, float]:
         """Every metric on the held-out rows."""
-        batch = prepared.config.eval.batch_size or prepared.config.train.batch_size
         losses = self.losses(prepared, model)
-        return {"loss": held_out_loss(model, prepared.held.rows, prepared.collate, batch, losses)}
+        return {"loss": held_out_loss(model, prepared.held.rows, prepared.collate, batch_size(prepared), losses)}
 
     def trainer(self, prepared: Prepared, model: Any, arguments: dict[str, Any], optimiser: Any) -> Any:
         """The trainer, ready to run. A trainer of another kind takes its checkpoints from ``AdapterCheckpoints``.
@@ -189,6 +208,11 @@ class Task(ABC):
         return spelled(prepared.tokenizer, row["input_ids"], [label != IGNORED for label in row["labels"]])
 
 
+def batch_size(prepared: Prepared) -> int:
+    """Rows that are measured at once."""
+    return prepared.config.eval.batch_size or prepared.config.train.batch_size
+
+
 def spelled(tokenizer: Any, ids: Sequence[int], learnt: Sequence[bool]) -> list[tuple[str, bool]]:
     """(text, whether it is learnt) of each token."""
     pieces: list[tuple[str, bool]] = []
@@ -231,8 +255,8 @@ TABLE = {
     "kto": "preference:Kto",
     "orpo": "preference:Orpo",
     "reward": "preference:Reward",
-    "grpo": "preference_online:Grpo",
-    "rloo": "preference_online:Rloo",
+    "grpo": "reinforce:Grpo",
+    "rloo": "reinforce:Rloo",
 }
 
 

@@ -32,11 +32,11 @@ class Tokenised:
 
     @property
     def tokens(self) -> int:
-        return sum(len(row["input_ids"]) for row in self.rows)
+        return sum(len(ids) for row in self.rows for name, ids in row.items() if name.endswith("input_ids"))
 
     @property
     def learnt(self) -> int:
-        labels = (row["labels"] for row in self.rows)
+        labels = (row.get("labels") for row in self.rows)
         return sum(sum(label != IGNORED for label in one) if isinstance(one, list) else 1 for one in labels)
 
     def __len__(self) -> int:
