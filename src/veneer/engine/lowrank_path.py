@@ -72,6 +72,7 @@ def path(host: Adapted, names: list[str], route: tuple[str, ...] | None) -> LowR
     if host.site.kind != "linear" or getattr(host.site, "turned", False) or not layer.weight.is_floating_point():
         return None
     adapters = [host.adapters[name] for name in names]
-    if not all(isinstance(a, Additive) and a.low_rank() is not None for a in adapters):
-        return None
+    with torch.no_grad():  # only asked here; saving tensors now would have a checkpoint count them
+        if not all(isinstance(a, Additive) and a.low_rank() is not None for a in adapters):
+            return None
     return LowRankPath(host, names, route)
