@@ -56,6 +56,18 @@ class Experts(nn.Module):
         return torch.einsum("...ei,eoi->...o", h, self.down_proj)
 
 
+class FeedForward(nn.Module):
+    """A gated feed-forward block, as Llama has it."""
+
+    def __init__(self, width: int = 8, hidden: int = 12):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(width, hidden, bias=False), nn.Linear(width, hidden, bias=False)
+        self.down_proj, self.act_fn = nn.Linear(hidden, width, bias=False), nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
 @dataclass(frozen=True)
 class Kind:
     """One layer kind: a model, its input, and how a config targets the layer."""
@@ -109,6 +121,7 @@ KINDS = {
             "block", lambda: Chain(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))),
             _floats(4, 3, 8), LAYER,
         ),
+        Kind("feed_forward", lambda: Chain(nn.Linear(8, 8), FeedForward()), _floats(4, 3, 8), LAYER),
     ]
 }  # fmt: skip
 """Layer kind -> how to make it. ``layernorm`` and whole modules are covered by the methods that target them."""
@@ -116,4 +129,4 @@ KINDS = {
 LINEAR = frozenset({"linear", "linear_no_bias", "conv1d_hf"})
 CONV = frozenset({"conv1d", "conv2d", "conv2d_odd", "conv2d_1x1", "conv2d_grouped", "conv3d"})
 WEIGHTS = frozenset({"mha", "experts", "parameter"})
-ALL = frozenset(KINDS) - {"block"}
+ALL = frozenset(KINDS) - {"block", "feed_forward"}

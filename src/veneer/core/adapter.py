@@ -20,6 +20,16 @@ Weight = tuple[Tensor, Tensor | None]
 """A layer's ``(weight, bias)``, weight as ``(out, in, *kernel)``."""
 
 
+def without_graphs(state: dict[str, Any]) -> dict[str, Any]:
+    """A module's attributes for a copy or a pickle: what its last forward left belongs to a graph, and stays behind."""
+
+    def of_a_graph(value: Any) -> bool:
+        tensors = value if isinstance(value, tuple | list) else (value,)
+        return any(isinstance(t, Tensor) and t.grad_fn is not None for t in tensors)
+
+    return {name: None if of_a_graph(value) else value for name, value in state.items()}
+
+
 class Adapter(nn.Module):
     """One method's parameters at one site. Its ``state_dict()`` is what the checkpoint holds.
 
@@ -97,6 +107,9 @@ class Adapter(nn.Module):
 
     takes_shared: ClassVar[bool] = False
     """``__init__`` takes what ``plan`` made as a third argument."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_graphs(self.__dict__)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         """The adapted layer's output for ``x`` (..., in) given the inner layer ``base``."""

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.core.adapter import without_graphs
 from veneer.core.config import PeftConfig
 
 PerLayer = dict[str, Tensor]
@@ -23,6 +24,9 @@ class Root(nn.Module):
         members: names of the adapters it governs.
         trains_members: whether they train along.
     """
+
+    def __getstate__(self) -> dict[str, Any]:
+        return without_graphs(self.__dict__)
 
     members: tuple[str, ...] = ()
     trains_members: bool = False
