@@ -60,10 +60,16 @@ def _method(name: str) -> str | None:
 
 
 def _expand(block: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[Loc, str]]]:
-    """The block as keyword arguments with ``peft_type``, from ``method: lora`` or from the file at ``path``."""
-    values = {k: v for k, v in block.items() if k not in ("method", "path")}
-    if "path" in block:
-        file = Path(block["path"])
+    """The block as keyword arguments with ``peft_type``, from ``method: lora``, the file at ``path``, or ``start``."""
+    values = {k: v for k, v in block.items() if k not in ("method", "path", "start")}
+    if "start" in block:
+        if values or "path" in block or "method" in block:
+            other = next(iter({**block, **values}.keys() - {"start"}))
+            return values, [((other,), f"'{other}' cannot be set beside 'start', which is trained on as it is.")]
+        if not (Path(block["start"]) / CONFIG_FILE).is_file():
+            return values, [(("start",), f"there is no trained adapter in '{block['start']}' ({CONFIG_FILE}).")]
+    if "path" in block or "start" in block:
+        file = Path(block.get("path") or block["start"])
         file = file / CONFIG_FILE if file.is_dir() else file
         if not file.is_file():
             return values, [(("path",), f"there is no adapter config '{file}'.")]
@@ -131,9 +137,9 @@ def build(
     cls = table()[str(values.pop("peft_type"))]
     known = {field.name for field in dataclasses.fields(cls)}
     notices = notices if notices is not None else []
-    if values.pop("inference_mode", False):
+    if values.pop("inference_mode", False) and "start" not in block:
         notices.append("The adapter config says inference_mode: true, which would train nothing; it trains here.")
-    inline = "path" not in block
+    inline = not {"path", "start"} & block.keys()
     if inline and str(cls.type) in EVERYWHERE and "target_modules" in known and not _says_targets(values):
         values["target_modules"] = "all-linear"
     values["task_type"] = values.get("task_type") or task_type
@@ -173,9 +179,9 @@ def learning_rate(config: Any, hidden: int | None) -> float:
     return float(f"{min(2e-3, 5e-4 * (2000 / hidden) ** 0.781):.1e}") if hidden else 2e-4
 
 
-def attach(model: nn.Module, config: Any) -> Any:
-    """``model`` with a fresh adapter, named ``default``, to train."""
-    return library.get_peft_model(model, config)
+def attach(model: nn.Module, config: Any, start: str | Path | None = None) -> Any:
+    """``model`` with an adapter, named ``default``, to train: a fresh one, or the one in the folder ``start``."""
+    return load(model, start, trainable=True) if start else library.get_peft_model(model, config)
 
 
 def starts_from_data(config: Any) -> bool:

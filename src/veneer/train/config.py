@@ -223,8 +223,8 @@ class RunConfig(Section):
             return {"path": value}
         if isinstance(value, dict) and not NAMES_ADAPTER & value.keys():
             raise ValueError(
-                "an adapter needs `method: lora` (see `veneer methods`), `path: adapter_config.json`, or `start: FOLDER` of "
-                "a trained one"
+                "an adapter needs `method: lora` (see `veneer methods`), `path: adapter_config.json`, or `start: FOLDER` "
+                "of a trained one"
             )
         return value
 

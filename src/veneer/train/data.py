@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.train import rows
+from veneer.train import preference_rows, rows
 from veneer.train.rows import Row, RowError
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant"}
@@ -162,12 +162,9 @@ def _pairs(row: Row) -> dict[str, Any]:
 
 
 def _preference(row: Row) -> dict[str, Any]:
-    chosen, rejected = (_said(row, key) for key in ("chosen", "rejected"))
-    if chosen == rejected:
-        raise RowError("'chosen' and 'rejected' are the same")
-    asked = {"prompt": _said(row, "prompt")} if row.get("prompt") is not None else {}
-    question = asked.get("prompt", chosen)
-    return {"prompt": _question(question), "extra": {**asked, "chosen": chosen, "rejected": rejected}}
+    asked = _said(row, "prompt") if row.get("prompt") is not None else None
+    prompt, chosen, rejected = preference_rows.parted(asked, _said(row, "chosen"), _said(row, "rejected"))
+    return {"prompt": _question(prompt), "extra": {"prompt": prompt, "chosen": chosen, "rejected": rejected}}
 
 
 def _kto(row: Row) -> dict[str, Any]:

@@ -92,7 +92,8 @@ def prepare(config: RunConfig) -> Prepared:
     feed = made.train.rows if made.feed is None else made.feed
     schedule = _schedule(config, made.epoch or len(feed), bool(len(made.held)))
     adapter = adapters.build(config.adapter, steps=schedule.steps, task_type=task.adapter_type)
-    config.adapter = adapters.resolved(adapter)
+    if "start" not in config.adapter:
+        config.adapter = adapters.resolved(adapter)
     config.eval.every, config.train.save_every = schedule.eval_every, schedule.save_every
     return Prepared(
         config, tokenizer, made.renderer, made.train, made.held, adapter, base, schedule, made.collate, feed, files,
@@ -131,7 +132,7 @@ def _schedule(config: RunConfig, rows: int, held: bool) -> Schedule:
 
 
 def build(prepared: Prepared) -> Any:
-    """The model with its fresh adapter.
+    """The model with its adapter: a fresh one, or the one that the run goes on from.
 
     Raises:
         ValueError: nothing would train, or the adapter does not fit the model.
@@ -141,8 +142,9 @@ def build(prepared: Prepared) -> Any:
     model: Any = prepared.task.load(prepared)
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model = adapters.attach(model, copy.deepcopy(prepared.adapter))
-    if adapters.starts_from_data(prepared.adapter):
+    start = config.adapter.get("start")
+    model = adapters.attach(model, copy.deepcopy(prepared.adapter), start)
+    if not start and adapters.starts_from_data(prepared.adapter):
         adapters.start(model, _batches(prepared))
     if not counts(model)[0]:
         raise ValueError("Nothing would train: the adapter has 0 trainable parameters on this model.")

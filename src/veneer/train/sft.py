@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Sft(Task):
     """Learns the tokens of the answers; see ``tokens.Renderer``."""
 
-    formats = (*data.ANSWERED, "text")
+    formats: tuple[str, ...] = (*data.ANSWERED, "text")
 
     def features(self, material: Material) -> Features:
         """Rendered and tokenised rows, packed if that is wanted."""

@@ -1,0 +1,155 @@
+"""DPO, KTO and reward models by TRL's trainers over rows tokenised here; ORPO by its loss.
+
+The reference's log-probabilities are worked out once, before the first step, by the model that is trained.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from veneer.train.policy import Policy, Reference, read, trl
+from veneer.train.preference_tokens import COLUMNS
+from veneer.train.trainer import AdapterTrainer
+
+NAMES = {"dpo": "DPO", "kto": "KTO", "reward": "Reward"}
+
+
+class Compared(Policy):
+    """Stands before DPO's, KTO's and the reward model's trainer: rows are tokenised already."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return dataset
+
+    def compute_ref_log_probs(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's, with the model as its own reference."""
+        with torch.no_grad(), self.reference():
+            return super().compute_ref_log_probs(*args, **kwargs)  # type: ignore[misc]
+
+
+def make(
+    task: str,
+    model: Any,
+    reference: Reference,
+    arguments: dict[str, Any],
+    rows: list[dict[str, Any]],
+    held: list[dict[str, Any]],
+    tokenizer: Any,
+    optimiser: Any = None,
+) -> Any:
+    """The trainer of a task.
+
+    Args:
+        task: dpo, kto or reward.
+        model: the adapted model.
+        reference: the way to its reference.
+        arguments: of TRL's config.
+        rows: of ``preference_tokens``.
+        held: held-out ones.
+        tokenizer: the model's.
+        optimiser: or None for the one that ``arguments`` names.
+
+    Raises:
+        ImportError: TRL is missing, or has no trainer for the task.
+        ValueError: the adapter is a prompt.
+    """
+    settings = trl(f"{NAMES[task]}Config", task)(max_length=None, **arguments)
+    cls = type(f"Adapted{NAMES[task]}Trainer", (Compared, trl(f"{NAMES[task]}Trainer", task)), {})
+    return cls(
+        model,
+        reference,
+        task,
+        args=settings,
+        train_dataset=table(task, rows),
+        eval_dataset=table(task, held) if held else None,
+        processing_class=tokenizer,
+        optimizers=(optimiser, None),
+    )
+
+
+def table(task: str, rows: list[dict[str, Any]]) -> Any:
+    """The rows as TRL takes them."""
+    from datasets import Dataset, disable_progress_bars  # slow to import, and TRL's own
+
+    disable_progress_bars()
+    if task == "reward":  # whole sequences
+        sides = ("chosen_ids", "rejected_ids")
+        return Dataset.from_list([{side: row["prompt_ids"] + row[side] for side in sides} for row in rows])
+    return Dataset.from_list([{key: row[key] for key in COLUMNS if key in row} for row in rows])
+
+
+class PairCollate:
+    """Pairs to a right-padded batch: the chosen answers, then the rejected ones."""
+
+    def __init__(self, pad: int):
+        self.pad = pad
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask``, ``answer_mask``: (2 pairs, length); ``labels``: (pairs,) of ones."""
+        sides = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
+        length = max(len(asked) + len(answer) for asked, answer in sides)
+
+        def column(parts: list[list[int]], filler: int) -> Tensor:
+            return torch.tensor([part + [filler] * (length - len(part)) for part in parts])
+
+        return {
+            "input_ids": column([asked + answer for asked, answer in sides], self.pad),
+            "attention_mask": column([[1] * (len(asked) + len(answer)) for asked, answer in sides], 0),
+            "answer_mask": column([[0] * len(asked) + [1] * len(answer) for asked, answer in sides], 0),
+            "labels": torch.ones(len(rows), dtype=torch.long),
+        }
+
+    def tokens(self, batch: dict[str, Tensor]) -> int:
+        """How many tokens a batch holds."""
+        return read(batch)
+
+
+def answer_logprobs(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """Mean log-probability of each answer's tokens, (2 pairs,)."""
+    mask = batch["answer_mask"][:, 1:].bool()
+    places = mask.any(0).nonzero().squeeze(1)
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    targets, mask = batch["input_ids"][:, 1:][:, places], mask[:, places]
+    kept = logits[:, -batch["input_ids"].shape[1] :][:, places].float()
+    each = -F.cross_entropy(kept.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    return (each * mask).sum(1) / mask.sum(1)
+
+
+def orpo(logprobs: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """ORPO (Hong et al. 2024):  L = -log p(y_w)  -  w log sigmoid(log odds(y_w) - log odds(y_l)),  odds = p / (1 - p),
+
+    with p the geometric mean of an answer's token probabilities.
+
+    Args:
+        logprobs: mean log-probabilities, chosen ones first, (2 pairs,).
+        weight: of the second term, lambda in the paper.
+
+    Returns:
+        The sum over the pairs, and means of what is logged.
+    """
+    chosen, rejected = logprobs.chunk(2)
+    odds_w, odds_l = (p - torch.log1p(-torch.exp(p.clamp(max=-1e-6))) for p in (chosen, rejected))
+    loss = (-chosen - weight * F.logsigmoid(odds_w - odds_l)).sum()
+    return loss, {
+        "rewards/margins": weight * (chosen - rejected).detach().mean(),
+        "rewards/accuracies": (chosen > rejected).float().mean(),
+        "logps/chosen": chosen.detach().mean(),
+        "logps/rejected": rejected.detach().mean(),
+    }
+
+
+class OrpoTrainer(AdapterTrainer):
+    """Logs the figures of the pairs beside their loss. (TRL 1.16 has ORPO among its experiments only.)"""
+
+    figures: defaultdict[str, list[float]]
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The figures' means since the last line."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self.figures.items()}
+            self.figures.clear()
+        super().log(logs, *args, **kwargs)
