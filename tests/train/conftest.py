@@ -112,9 +112,12 @@ def encoder(tmp_path_factory, word_tokenizer):
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("encoder") / "tiny-bert"
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
-    BertModel(BertConfig(vocab_size=len(word_tokenizer), max_position_embeddings=32, initializer_range=0.1, **sizes)).save_pretrained(folder)
+    config = BertConfig(
+        vocab_size=len(word_tokenizer), max_position_embeddings=32, initializer_range=0.1, hidden_size=32,
+        intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    BertModel(config).save_pretrained(folder)
     word_tokenizer.save_pretrained(folder)
     return folder
 
@@ -148,7 +151,7 @@ def reviews(tmp_path_factory):
     rows = []
     for i in range(80):
         label = "bad" if i % 4 == 0 else "good"
-        rows.append({"text": f"{'the film ' * (i % 5)}was {words[label][i % 2]}", "label": label})
+        rows.append({"text": f"{OTHER[i % 5]} {OTHER[i % 7]} was {words[label][i // 4 % 2]}", "label": label})
     return write_rows(tmp_path_factory.mktemp("data") / "reviews.jsonl", rows)
 
 

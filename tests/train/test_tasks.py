@@ -44,7 +44,7 @@ def trained(request, tmp_path_factory):
             model, data, _ = TASKS[task]
             out = tmp_path_factory.mktemp(task) / "out"
             rate = "1e-2" if task == "seq2seq" else "3e-3"
-            words = ["--epochs", "12" if task == "seq2seq" else "8", "--lr", rate, "--train.batch-size", "8"]
+            words = ["--epochs", "8", "--lr", rate, "--train.batch-size", "8"]
             paths = (request.getfixturevalue(model), request.getfixturevalue(data))
             prepared = prepare(settings(task, *paths, out, *words))
             made[task] = prepared, run(prepared), out
@@ -63,7 +63,6 @@ def test_each_task_learns_and_its_folder_says_what_it_learnt(task, trained):
         assert outcome.after[metric] > 0.9 > outcome.before[metric]
     report = json.loads((out / "report.json").read_text())
     assert report["after"] == outcome.after and report["task"] == task
-    assert all(one.after == one.expected or task != "seq2seq" for one in outcome.samples)
     page = (out / "report.html").read_text()
     assert f"{outcome.before[metric]:.3f} → {outcome.after[metric]:.3f}" in page
 
@@ -93,11 +92,17 @@ def test_the_plan_counts_what_training_then_has(task, trained):
     [
         ("sequence-classification", {"text": "the film was awful"}, "bad"),
         ("token-classification", {"text": "maria went to lima and hugo"}, "maria: PER, lima: LOC, hugo: PER"),
-        ("seq2seq", {"text": "otto maria"}, "rome oslo"),
     ],
 )
 def test_a_folder_answers_by_itself(task, row, right, trained):
     assert Session(adapter=str(trained(task)[2])).respond([row])[0]["answer"] == right
+
+
+def test_a_translator_says_the_same_from_its_folder(trained):
+    _, outcome, out = trained("seq2seq")
+    rows = [{"text": one.prompt} for one in outcome.samples]
+    assert [one["answer"] for one in Session(adapter=str(out)).respond(rows)] == [one.after for one in outcome.samples]
+    assert any(one.after != one.before for one in outcome.samples)
 
 
 def test_a_folder_embeds_by_itself(trained):
@@ -241,7 +246,7 @@ def test_a_class_without_training_rows_is_named(encoder, tmp_path):
 
 
 def test_a_model_without_an_encoder_is_refused_for_seq2seq(base, translations, tmp_path):
-    with pytest.raises(ValueError, match="has no encoder.*task: sft"):
+    with pytest.raises(ValueError, match=r"has no encoder.*task: sft"):
         prepare(settings("seq2seq", base, translations, tmp_path))
 
 

@@ -146,7 +146,7 @@ def load_model(
         keep_layout(loaded)
         return loaded.eval()
     if model.quantize != "none":
-        loaded = quantize_model(loaded, skip=dense, double_quant=model.double_quant)
+        loaded = quantize_model(loaded, skip=_unpacked(loaded, dense), double_quant=model.double_quant)
     return loaded.to(device).eval()
 
 
@@ -180,7 +180,14 @@ def meta_model(
             config, dtype=dtype, trust_remote_code=model.trust_remote_code
         )
     four_bit = model.quantize in ("nf4", "bnb-nf4", "fp4")  # which take the same bytes, whoever packs them
-    return quantize_model(skeleton, skip=dense, double_quant=model.double_quant) if four_bit else skeleton
+    if not four_bit:
+        return skeleton
+    return quantize_model(skeleton, skip=_unpacked(skeleton, dense), double_quant=model.double_quant)
+
+
+def _unpacked(model: nn.Module, dense: Sequence[str]) -> list[str]:
+    """Layers that stay as they are: the named ones, and those whose weight's dtype the model looks at (T5's wo)."""
+    return [*dense, *(getattr(model, "_keep_in_fp32_modules", None) or [])]
 
 
 def _common(model: Model) -> dict[str, Any]:
