@@ -106,9 +106,7 @@ def _chunks(
 
 class _LogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, *rest: Any) -> Tensor:
         flat, needs = hidden.reshape(-1, hidden.shape[-1]), ctx.needs_input_grad[0]
         wide = torch.promote_types(hidden.dtype, torch.float32)
         out = torch.zeros(len(flat), dtype=wide, device=hidden.device)

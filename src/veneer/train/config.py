@@ -97,6 +97,7 @@ class Train(Section):
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, ge=0)
     gradient_checkpointing: bool = False
+    chunked_loss: bool = Field(True, description="Never hold the logits of a whole batch; the result is the same.")
     save_every: Auto | Count = Field("auto", description="Steps between checkpoints; with an eval set, its rhythm.")
     keep: int = Field(2, ge=1, description="Checkpoints kept, besides the best one.")
     threads: Auto | Count = "auto"

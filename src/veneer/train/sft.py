@@ -43,7 +43,7 @@ class Sft(Task):
 
     def losses(self, prepared: Prepared, model: Any) -> Losses:
         """-log p of the learnt tokens."""
-        return partial(token_losses, keep=takes_kept_logits(model))
+        return partial(token_losses, keep=takes_kept_logits(model), chunked=prepared.config.train.chunked_loss)
 
     def inputs(self, prepared: Prepared, model: Any) -> dict[str, Any]:
         """With a block mask for packed rows, and logits only where something is learnt."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from veneer.hf import heads
 from veneer.train import adapters, packing
 from veneer.train.tokens import IGNORED
 
@@ -67,22 +68,29 @@ def takes_kept_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(base.forward).parameters and not prompts
 
 
-def token_losses(model: nn.Module, batch: dict[str, Tensor], keep: bool) -> tuple[Tensor, Tensor]:
+def token_losses(
+    model: nn.Module, batch: dict[str, Tensor], keep: bool, chunked: bool = True
+) -> tuple[Tensor, Tensor]:
     """(sum of -log p over the learnt tokens, their number).
 
     Args:
         model: a causal language model.
         batch: what ``Collate`` gives; ``input_ids`` and ``labels`` are (batch, length).
         keep: compute logits only where some row has something to learn.
+        chunked: take the logits a chunk of tokens at a time, where the model's head allows it (``heads.whole``).
     """
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    inputs = {k: v for k, v in batch.items() if k != "labels"} | {"use_cache": False}
     targets = batch["labels"][:, 1:]
     if keep:
         places = (targets != IGNORED).any(0).nonzero().squeeze(1)
-        logits = model(**inputs, use_cache=False, logits_to_keep=places).logits
-        targets = targets[:, places]
-    else:
-        logits = model(**inputs, use_cache=False).logits[:, -batch["labels"].shape[1] : -1]
+        inputs, targets = inputs | {"logits_to_keep": places}, targets[:, places]
+    length = None if keep else batch["labels"].shape[1]
+    if chunked:
+        log_p = heads.label_log_probs(model, targets, length, **inputs)
+        if log_p is not None:
+            return -log_p.sum(), (targets != IGNORED).sum()
+    logits = model(**inputs).logits
+    logits = logits if length is None else logits[:, -length:-1]
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum")
     return total, (targets != IGNORED).sum()
 
