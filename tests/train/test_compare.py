@@ -129,6 +129,27 @@ def test_the_recommendation_says_no_more_than_the_seeds_show():
     assert "None of them learnt" in recommend(outcome(a=(100, [3.5, 3.4]), b=(10, [3.6, 3.9])))
 
 
+def test_where_more_is_better_the_highest_score_wins():
+    low, high = Contender("low", {}, 10, 5, [0.6, 0.61, 0.62]), Contender("high", {}, 10, 50, [0.9, 0.91, 0.92])
+    failed = Contender("failed", {}, 10, 1)
+    result = Comparison("10 steps", [0, 1, 2], 0.5, [low, failed, high], [], score="accuracy", higher=True)
+    result.contenders.sort(key=result.order)
+    assert [one.name for one in result.contenders] == ["high", "low", "failed"]
+    assert recommend(result).startswith("Take high: its held-out accuracy 0.9100 is higher")
+    result.before = 0.95
+    assert "None of them learnt" in recommend(result)
+
+
+def test_classifiers_are_compared_by_accuracy(encoder, reviews, tmp_path):
+    given = settings(encoder, reviews, tmp_path, "--task sequence-classification --lr 3e-3 --train.batch-size 8")
+    result = compare(given, ["lora:r=4", "ia3"], Budget.parse("steps=12"), 1, execute=Runner())
+    assert (result.score, result.higher) == ("accuracy", True)
+    assert result.contenders[0].mean >= result.contenders[1].mean
+    stored = json.loads((tmp_path / "compare.json").read_text())
+    assert stored["score"] == "accuracy" and "accuracy" in stored["sentence"]
+    assert (tmp_path / "compare.svg").stat().st_size > 5000
+
+
 def test_the_front_holds_what_nothing_beats_in_both():
     assert front([(1, 5), (2, 3), (3, 4), (4, 1), (2, 3.5)]) == [0, 1, 3]
     assert comparison.front([]) == []

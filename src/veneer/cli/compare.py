@@ -64,7 +64,7 @@ def show(result: Any) -> None:
     for notice in result.notices:
         console.print(Text.assemble(("note  ", "yellow"), notice))
     table = Table(
-        "method", "loss, 95 %", "trainable", "steps", "seconds", "memory",
+        "method", f"{result.score}, 95 %", "trainable", "steps", "seconds", "memory",
         box=None, padding=(0, 2), header_style="bright_black",
     )  # fmt: skip
     for column in table.columns[1:]:
@@ -84,7 +84,8 @@ def show(result: Any) -> None:
             f"{max(one.memory) / 1e9:.2f} GB",
         )
     console.print(
-        f"Equal: {result.budget}. {len(result.seeds)} seeds. Loss on held-out rows; the base's is {result.before:.4f}."
+        f"Equal: {result.budget}. {len(result.seeds)} seeds. "
+        f"{result.score.capitalize()} on held-out rows; the base's is {result.before:.4f}."
     )
     console.print(table)
     console.print(Text(result.sentence, "bold"))

@@ -22,6 +22,7 @@ from veneer.train import adapters, document
 from veneer.train.budgets import Budget, describe, goal_of, settle, with_block
 from veneer.train.comparison import Comparison, Contender, picture, recommend
 from veneer.train.config import RunConfig
+from veneer.train.prepare import score_of
 
 # Names that people use for settings of LoRA.
 ALIASES: dict[str, dict[str, Any]] = {
@@ -97,12 +98,14 @@ def compare(
         )
     goal = goal_of(budget, contenders, config)
     result = Comparison(describe(budget, goal), list(range(config.train.seed, config.train.seed + seeds)), 0.0, [], [])
+    score = score_of(config)
+    result.score, result.higher = score.name, score.higher
     befores: list[float] = []
     for one in contenders:
         plan = _remembered(one, config, budget, goal, folder, notices)
         for seed in result.seeds:
-            _one(one, plan, seed, folder, say, execute or _in_a_process, befores)
-    result.contenders = sorted(contenders, key=lambda one: one.mean)
+            befores += _one(one, plan, seed, folder, say, execute or _in_a_process, score.name)
+    result.contenders = sorted(contenders, key=result.order)
     if not any(one.scores for one in contenders):
         raise ValueError("No run came to its end: " + "; ".join(f"{one.name}: {one.failed}" for one in contenders))
     result.before, result.notices = statistics.fmean(befores), notices
@@ -141,14 +144,14 @@ def _one(
     folder: Path,
     say: Callable[[str], None],
     execute: Callable[[Path], str | None],
-    befores: list[float],
-) -> None:
-    """One run, unless it has finished before; its figures go to the contender."""
+    score: str,
+) -> list[float]:
+    """One run, unless it has finished before; its figures go to the contender. Returns the base's score, once known."""
     config = config.model_copy(deep=True)
     config.train.seed, config.eval.prompts = seed, 0
     config.output.dir = ""
     name = re.sub(r"\W+", "-", one.name)
-    run = folder / "runs" / f"{name}-seed{seed}-{_digest(config.model_dump(mode='json'))}"
+    run = folder / "runs" / f"{name}-seed{seed}-{_digest(config.settings())}"
     report = run / "report.json"
     if not report.is_file():
         say(f"{one.name}, seed {seed}: {one.steps} steps, {one.trainable:,} trainable parameters")
@@ -160,14 +163,15 @@ def _one(
     if not report.is_file():
         one.failed = one.failed or "the run left no report"
         say(f"{one.name}, seed {seed}: {one.failed}")
-        return
+        return []
     found = json.loads(report.read_text(encoding="utf-8"))
-    befores.append(found["loss_before"])
+    before, after = found["before"][score], found["after"][score]
     one.trainable = found["trainable"]
-    one.scores.append(found["loss_after"])
+    one.scores.append(after)
     one.seconds.append(found.get("compute_seconds", found["seconds"]))
     one.memory.append(found["peak_memory"])
-    say(f"{one.name}, seed {seed}: held-out loss {found['loss_after']:.4f}, from {found['loss_before']:.4f}")
+    say(f"{one.name}, seed {seed}: held-out {score} {after:.4f}, from {before:.4f}")
+    return [before]
 
 
 def _in_a_process(settings: Path) -> str | None:

@@ -43,7 +43,7 @@ class Contender:
 
 @dataclass
 class Comparison:
-    """What came of it. Scores are held-out losses, so lower is better."""
+    """What came of it. Scores are figures on held-out rows, named ``score``; ``higher`` says whether more is better."""
 
     budget: str
     seeds: list[int]
@@ -52,6 +52,12 @@ class Comparison:
     notices: list[str]
     sentence: str = ""
     files: list[str] = field(default_factory=list)
+    score: str = "loss"
+    higher: bool = False
+
+    def order(self, one: Contender) -> float:
+        """Smaller is better; a contender without scores comes last."""
+        return -one.mean if self.higher and one.scores else one.mean
 
 
 def half_interval(values: Sequence[float]) -> float | None:
@@ -68,16 +74,23 @@ def recommend(result: Comparison) -> str:
     if not done:
         return "No method finished with every seed, so there is nothing to recommend."
     best = done[0]
-    if best.mean >= result.before:
-        return f"None of them learnt: the best, {best.name}, does not come below the base's loss {result.before:.4f}."
+    score = result.score
+    most, more = ("highest", "higher") if result.higher else ("lowest", "lower")
+    if best.mean == result.before or (best.mean < result.before) == result.higher:
+        worse = f"does not improve on the base's {score} {result.before:.4f}"
+        return f"None of them learnt: the best, {best.name}, {worse}."
     if len(result.seeds) < 2:
-        return f"{best.name} has the lowest held-out loss, {best.mean:.4f}; one seed cannot say how sure that is."
+        return f"{best.name} has the {most} held-out {score}, {best.mean:.4f}; one seed cannot say how sure that is."
     alike = [one for one in done[1:] if not differs(best, one)]
     if not alike:
-        return f"Take {best.name}: its held-out loss {best.mean:.4f} is lower than that of all others, seed by seed."
+        return (
+            f"Take {best.name}: its held-out {score} {best.mean:.4f} is {more} than that of all others, seed by seed."
+        )
     smallest = min([best, *alike], key=lambda one: one.trainable)
     others = ", ".join(one.name for one in alike)
-    text = f"{best.name} has the lowest mean held-out loss, {best.mean:.4f}, but {len(result.seeds)} seeds cannot tell "
+    text = (
+        f"{best.name} has the {most} mean held-out {score}, {best.mean:.4f}, but {len(result.seeds)} seeds cannot tell "
+    )
     text += f"{others} apart from it"
     if smallest is best:
         return text + f"; take {best.name}, which is also the smallest of them."
@@ -102,7 +115,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def picture(result: Comparison, folder: Path) -> list[str]:
-    """``compare.png`` and ``compare.svg``: loss against parameters, memory and time. Nothing without matplotlib."""
+    """``compare.png`` and ``.svg``: the score against parameters, memory and time. Nothing without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -120,7 +133,7 @@ def picture(result: Comparison, folder: Path) -> list[str]:
     FigureCanvasAgg(figure)
     for axes, (name, values) in zip(figure.subplots(1, 3, sharey=True), costs, strict=True):
         points = list(zip(values, [one.mean for one in done], strict=True))
-        best = [points[i] for i in front(points)]
+        best = [points[i] for i in front([(cost, result.order(one)) for cost, one in zip(values, done, strict=True)])]
         axes.plot(*zip(*best, strict=True), color="#9aa5b1", linewidth=1.2, zorder=1, drawstyle="steps-post")
         for (x, y), one in zip(points, done, strict=True):
             axes.errorbar(
@@ -141,7 +154,7 @@ def picture(result: Comparison, folder: Path) -> list[str]:
             axes.set_xscale("log")
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].set_ylabel("held-out loss (lower is better)")
+    figure.axes[0].set_ylabel(f"held-out {result.score} ({'higher' if result.higher else 'lower'} is better)")
     files = [str(folder / "compare.png"), str(folder / "compare.svg")]
     for file in files:
         figure.savefig(file, dpi=130)

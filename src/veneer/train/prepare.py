@@ -62,7 +62,7 @@ def prepare(config: RunConfig) -> Prepared:
     config = config.model_copy(deep=True)
     notices: list[str] = []
     task = tasks.find(config.task)
-    score = _score(task, config)
+    score = score_of(config)
     adapter = adapters.build(config.adapter, notices, task_type=task.adapter_type)
     if str(adapter.task_type) != task.adapter_type:
         raise ValueError(
@@ -101,8 +101,13 @@ def prepare(config: RunConfig) -> Prepared:
     )  # fmt: skip
 
 
-def _score(task: Task, config: RunConfig) -> Metric:
-    wanted = config.eval.metric
+def score_of(config: RunConfig) -> Metric:
+    """What tells which of two models is better: ``eval.metric``, or the task's first one.
+
+    Raises:
+        ValueError: the task does not measure it.
+    """
+    task, wanted = tasks.find(config.task), config.eval.metric
     found = next((one for one in task.metrics if wanted in ("auto", one.name)), None)
     if found is None:
         known = ", ".join(one.name for one in task.metrics)
