@@ -9,7 +9,7 @@ from typing import Any
 
 from mkdocs.structure.files import File
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path.insert(0, str(DOCS))
 
@@ -32,7 +32,8 @@ def on_config(config: Any) -> Any:
     """Give every method its place in the navigation, and leave out guides that this version does not have."""
     known = {str(p.relative_to(DOCS)) for p in DOCS.rglob("*.md")} | {"errors.md", "api.md", *COPIED}
     methods = [*sorted(f"methods/{n.lower()}.md" for n in make_method_pages.registry.METHODS)]
-    starts = [f"methods/{make_method_pages.page_name(s)}" for s in (*make_method_pages.VARIANTS, *make_method_pages.STARTS)]
+    stems = (*make_method_pages.VARIANTS, *make_method_pages.STARTS)
+    starts = [f"methods/{make_method_pages.page_name(stem)}" for stem in stems]
     pages = ["methods/index.md", {"What works where": "methods.md"}, *methods, {"Variants and starts of LoRA": starts}]
     for part in config.nav:
         if "Methods" in part:
@@ -56,11 +57,12 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Links that leave docs/ become the path that they name; pictures are taken from the site's own copy."""
-    depth = page.file.src_uri.count("/")
+    folder, depth = (DOCS / page.file.src_uri).parent, page.file.src_uri.count("/")
 
     def turned(match: re.Match) -> str:
         picture, text, path, _ = match.groups()
-        if (DOCS / Path(page.file.src_uri).parent / match[0].split("](")[1].rstrip(")").split("#")[0]).resolve().is_relative_to(DOCS):
+        target = match[0].split("](")[1].rstrip(")").split("#")[0]
+        if (folder / target).resolve().is_relative_to(DOCS):
             return match[0]
         if picture:
             return f"![{text}]({'../' * depth}assets/repository/{path})"

@@ -1,6 +1,8 @@
 """The API page: every public name, where it lives, for mkdocstrings to fill in.
 
     python docs/make_api.py
+
+Names are listed by what they are for; what a group leaves out stands under "Other".
 """
 
 from __future__ import annotations
@@ -16,9 +18,12 @@ GROUPS = {
     "Models with adapters": ["veneer.hf.tasks", "veneer.hf.auto", "veneer.hf.inject"],
     "Settings": ["veneer.core.config", "veneer.core.registry", "veneer.methods.lora_options"],
     "Files and weights": [
-        "veneer.hf.state_dict", "veneer.hf.base_state", "veneer.hf.adapterhub", "veneer.hf.convert", "veneer.hf.status",
+        "veneer.hf.state_dict", "veneer.hf.base_state", "veneer.hf.adapterhub", "veneer.hf.convert",
+        "veneer.hf.status",
     ],
-    "Starts": ["veneer.hf.initialize", "veneer.hf.eva", "veneer.hf.preprocess", "veneer.hf.prefix_start", "veneer.hf.kappa"],
+    "Starts": [
+        "veneer.hf.initialize", "veneer.hf.eva", "veneer.hf.preprocess", "veneer.hf.prefix_start", "veneer.hf.kappa",
+    ],
     "Quantised bases": ["veneer.core.nf4_linear", "veneer.hf.quantised_start", "veneer.hf.peer"],
     "Several adapters": ["veneer.hf.mixtures", "veneer.hf.pool"],
     "Optimisers": ["veneer.train.optim"],
@@ -30,7 +35,7 @@ def page() -> str:
     lines = [
         "# API",
         "",
-        "Every name is imported from `veneer`. Config classes of the methods are on the [methods' pages](methods/index.md).",
+        "Every name is imported from `veneer`. The methods' config classes are on [their pages](methods/index.md).",
         "",
     ]
     listed = {home for homes in GROUPS.values() for home in homes}

@@ -1,6 +1,8 @@
 """The page of error sentences, collected from the code that raises them; what stands in ‹› is filled in at run time.
 
     python docs/make_errors.py
+
+Only sentences that stand in a ``raise`` are found, which is nearly all of them.
 """
 
 from __future__ import annotations
@@ -10,10 +12,14 @@ from pathlib import Path
 
 SOURCE = Path(__file__).resolve().parent.parent / "src" / "veneer"
 AREAS = {
-    "cli": "On the command line", "train": "Settings, data and training", "hf": "Models, files and the hub",
-    "engine": "Placing, merging, combining and loading adapters", "core": "Settings of adapters, layers and quantised bases",
-    "methods": "Methods", "ops": "Equations",
-}  # fmt: skip
+    "cli": "On the command line",
+    "train": "Settings, data and training",
+    "hf": "Models, files and the hub",
+    "engine": "Placing, merging, combining and loading adapters",
+    "core": "Settings of adapters, layers and quantised bases",
+    "methods": "Methods",
+    "ops": "Equations",
+}
 KINDS = {
     "ValueError", "TypeError", "NotImplementedError", "FileNotFoundError", "ImportError", "ConfigError", "OSError",
     "KeyError", "RuntimeError", "AttributeError", "FetchError", "FileExistsError", "PermissionError",
@@ -52,9 +58,9 @@ def page() -> str:
     lines = [
         "# Error sentences",
         "",
-        "Every sentence that veneer stops with, collected from its code. Each names the thing, its value, and the way out;",
-        "what stands in ‹ › is filled in. Search this page for a few words of yours; [troubleshooting](troubleshooting.md)",
-        "goes by symptoms.",
+        "Every sentence that veneer stops with, collected from its code. Each names the thing, its value, and the way",
+        "out; what stands in ‹ › is filled in. Search this page for a few words of yours;",
+        "[troubleshooting](troubleshooting.md) goes by symptoms.",
         "",
     ]
     for folder, title in AREAS.items():

@@ -51,8 +51,9 @@ model = get_peft_model(base, BitFitConfig(target_modules=["0", "2"]))
 model.print_trainable_parameters()"""
 KINDS = {
     "linear": "linear", "conv1d_hf": "transformers' `Conv1D`", "conv1d": "1-d convolution", "conv2d": "2-d convolution",
-    "conv2d_odd": "convolution of odd geometry", "conv2d_1x1": "1x1 convolution", "conv2d_grouped": "grouped convolution",
-    "conv3d": "3-d convolution", "embedding": "embedding", "mha": "`MultiheadAttention`", "experts": "fused experts",
+    "conv2d_odd": "convolution of odd geometry", "conv2d_1x1": "1x1 convolution",
+    "conv2d_grouped": "grouped convolution", "conv3d": "3-d convolution", "embedding": "embedding",
+    "mha": "`MultiheadAttention`", "experts": "fused experts",
     "parameter": "bare parameter", "block": "whole block", "linear_nf4": "linear packed in NF4",
 }  # fmt: skip
 LETTERS = {"F": "runs", "M": "merges", "U": "unmerges", "B": "mixed batch", "A": "several active", "C": "compiles"}
@@ -92,7 +93,8 @@ def fields_table(cls: type, skip: tuple[type, ...] = ()) -> list[str]:
 
 def matrix() -> dict[str, dict[str, str]]:
     """method -> layer kind -> the letters of docs/methods.md."""
-    rows = [line.strip("| ").split(" | ") for line in (ROOT / "docs/methods.md").read_text().splitlines() if "|" in line]
+    text = (ROOT / "docs/methods.md").read_text(encoding="utf-8")
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if "|" in line]
     kinds = rows[0][1:]
     return {r[0].strip("*"): dict(zip(kinds, (c.split("<br>")[0] for c in r[1:]))) for r in rows[1:] if "**" in r[0]}
 
@@ -106,14 +108,15 @@ def places(name: str, row: Any) -> list[str]:
             "precision or quantisation of the base serves it. Rows of a mixed batch may each have their own."
         ]
     if not cells:
-        return ["It belongs to whole transformers models, not to a kind of layer, so [the matrix](../methods.md) leaves it out."]
+        return ["It belongs to whole models, not to a kind of layer, so [the matrix](../methods.md) leaves it out."]
     lines = ["| layer | " + " | ".join(LETTERS.values()) + " |", "|---" * (len(LETTERS) + 1) + "|"]
     for kind, letters in cells.items():
         if letters != "-":
             lines.append(f"| {KINDS[kind]} | " + " | ".join("yes" if c in letters else "" for c in LETTERS) + " |")
     refused = [KINDS[kind] for kind, letters in cells.items() if letters == "-"]
-    said = f"Tried at each layer kind ([the whole matrix](../methods.md)). Refused, in a sentence: {', '.join(refused)}."
-    return [said if refused else "Tried at each layer kind; [the whole matrix](../methods.md).", "", *lines]
+    said = "Tried at each layer kind; [the whole matrix](../methods.md)."
+    said += f" Refused, in a sentence: {', '.join(refused)}." if refused else ""
+    return [said, "", *lines]
 
 
 def example(name: str, row: Any) -> str:
@@ -138,7 +141,8 @@ def example(name: str, row: Any) -> str:
         targets = 'target_modules=["q_proj", "v_proj"], ' if OF_TRAINED[name] == "LoraConfig" else ""
         lines += [
             'for name in ("first", "second"):  # trained before, each on its own task',
-            f'    one = get_peft_model(AutoModelForCausalLM.from_pretrained(base), {OF_TRAINED[name]}({targets}task_type="CAUSAL_LM"))',
+            f'    config = {OF_TRAINED[name]}({targets}task_type="CAUSAL_LM")',
+            "    one = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)",
             "    one.save_pretrained(name)",
         ]
     lines += [
@@ -188,7 +192,8 @@ def page(name: str) -> str:
         lines += ["## Example", "", "```python", example(name, row), "```", "", "On the command line:", ""]
         settings = {"C3A": " --adapter.block_size 64", "VBLORA": " --adapter.vector_length 64"}.get(name, "")
         settings = " --adapter.num_virtual_tokens 20" if row.config.is_prompt_learning else settings
-        lines += [f"    veneer train --model MODEL --data rows.jsonl --adapter.method {name.lower()}{settings} --out out", ""]
+        said = f"veneer train --model MODEL --data rows.jsonl --adapter.method {name.lower()}{settings} --out out"
+        lines += [f"    {said}", ""]
     lines += ["## Settings", "", f"`veneer.{row.config.__name__}`; in a run's file, keys of the `adapter` block.", ""]
     common = LayerConfig if issubclass(row.config, LayerConfig) else PeftConfig
     lines += fields_table(row.config, (common,)) or ["None of its own."]
@@ -218,7 +223,8 @@ def _linked(paper: str) -> str:
 
 def index() -> str:
     """The list of all pages."""
-    lines = ["# All methods", "", "Each page is made from the method's own file.", "", "| method | source |", "|---|---|"]
+    lines = ["# All methods", "", "Each page is made from the method's own file.", ""]
+    lines += ["| method | source |", "|---|---|"]
     for name, row in sorted(registry.METHODS.items()):
         paper, _ = summary(sys.modules[row.build.__module__])
         lines.append(f"| [{name.lower()}]({name.lower()}.md) | {_linked(paper)} |")

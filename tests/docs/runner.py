@@ -79,7 +79,8 @@ def _run(block: Block, names: dict[str, object], where: str) -> str:
                 for line in block.code.replace("\\\n", " ").splitlines():
                     _shell(line, out)
     except (Exception, SystemExit) as error:
-        raise AssertionError(f"{where} does not run: {type(error).__name__}: {error}\n{out.getvalue()[-2000:]}") from error
+        said = f"{where} does not run: {type(error).__name__}: {error}\n{out.getvalue()[-2000:]}"
+        raise AssertionError(said) from error
     return out.getvalue()
 
 
@@ -120,7 +121,8 @@ def _claims(text: str, printed: str, where: str) -> None:
         words = " ".join(line.split())
         if words.replace(".", ""):
             pattern = NUMBER.sub(r"[\\d.,e+-]+", re.escape(words).replace(r"\.\.\.", ".*?"))
-            assert re.search(pattern, seen), f"{where}: the page shows {words!r}, which was not printed:\n{printed[-3000:]}"
+            shown = f"{where}: the page shows {words!r}, which was not printed:\n{printed[-3000:]}"
+            assert re.search(pattern, seen), shown
 
 
 def world(folder: Path, base: Path, extra: dict[str, Path]) -> None:

@@ -1,4 +1,4 @@
-"""Every registered method has a page with its paper, its equation, the meaning of each setting, and an example that runs."""
+"""Every registered method has a page: its paper, its equation, the meaning of each setting, an example that runs."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import io
 import re
 
 import pytest
-from docs.conftest import ROOT
-from docs.runner import blocks, world
 
 import veneer.methods  # noqa: F401 - enters the methods into the registry
+from docs.conftest import ROOT
+from docs.runner import blocks, world
 from veneer.core import registry
 
 METHODS = sorted(registry.METHODS)
