@@ -315,8 +315,8 @@ def test_parity(theirs: str, ours: str, options: dict, kind: str, tmp_path) -> N
     [
         (lambda t: add_weighted_adapter(t, ["a", "z"], [1, 1], "c"), "no adapter named 'z'"),
         (lambda t: add_weighted_adapter(t, ["a", "b"], [1], "c"), "one weight for each"),
-        (lambda t: add_weighted_adapter(t, ["a"], [1], "b"), "exists already"),
-        (lambda t: add_weighted_adapter(t, ["a"], [1], "c", "mean"), "Unknown combination_type 'mean'"),
+        (lambda t: add_weighted_adapter(t, ["a"], [1], "b"), "already exists"),
+        (lambda t: add_weighted_adapter(t, ["a"], [1], "c", "mean"), "Invalid combination_type: 'mean'"),
         (lambda t: add_weighted_adapter(t, ["a"], [1], "c", "ties"), "needs a density"),
         (lambda t: add_weighted_adapter(t, ["a"], [1], "c", "ties", density=2.0), "needs a density"),
         (lambda t: add_weighted_adapter(t, ["a", "b"], [1, 1], "c", "linear_factors"), "of one rank"),

@@ -339,7 +339,7 @@ def test_a_name_given_as_a_str_is_explained():
 
 @pytest.mark.parametrize("fields", [{}, {"target_modules": None}, {"target_modules": []}, {"target_modules": set()}])
 def test_nothing_asked_for_is_an_error(fields):
-    with pytest.raises(ValueError, match="target_modules is not set"):
+    with pytest.raises(ValueError, match="No `target_modules` passed"):
         paths(Model(), **fields)
 
 

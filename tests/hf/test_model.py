@@ -310,7 +310,7 @@ def test_unbuilt_or_unknown_options_are_named() -> None:
         get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", runtime_config={"ephemeral_gpu_offload": True}))
     with pytest.raises(NotImplementedError, match="ephemeral_gpu_offload"):
         PeftModel.from_pretrained(llama(), "anywhere", ephemeral_gpu_offload=True)
-    with pytest.raises(ValueError, match="init_lora_weights 'pizza'"):
+    with pytest.raises(ValueError, match="init_lora_weights='pizza'"):
         get_peft_model(llama(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pizza"))
 
 

@@ -238,7 +238,7 @@ def test_scaled_embedding_scales_its_delta() -> None:
     [
         ({"r": 0}, "positive integer"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
-        ({"init_lora_weights": "pisa"}, "Unknown init_lora_weights 'pisa'"),
+        ({"init_lora_weights": "pisa"}, "Unknown initialization init_lora_weights='pisa'"),
         ({"rank_pattern": {"layer": -1}}, "positive integer"),
     ],
 )

@@ -104,7 +104,7 @@ def test_refusals():
         ({"positions": "first"}, "positions must be like"),
         ({"variant": "noreft"}, "'loreft' or 'direft'"),
         ({"r": 99}, "exceeds the width 16"),
-        ({"r": 0}, "r must be a positive"),
+        ({"r": 0}, "`r` should be a positive"),
     ):
         with pytest.raises(ValueError, match=words):
             made(**wrong)

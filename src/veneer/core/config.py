@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.core import registry
+from veneer.core.errors import NotFound
 from veneer.core.files import write_text
 from veneer.core.patterns import nearest, search_suffix
 from veneer.core.registry import PeftType
@@ -104,7 +105,7 @@ class PeftConfig(metaclass=_Checked):
         self.from_file = False  # whether its words are another's, which may name modules of more than one model
         if self.task_type is not None and str(self.task_type) not in list(map(str, TaskType)):
             raise ValueError(
-                f"Invalid task_type '{self.task_type}'; it must be one of {', '.join(map(str, TaskType))}."
+                f"Invalid task type: '{self.task_type}'. task_type must be one of {', '.join(map(str, TaskType))}."
             )
         if self.task_type is not None:
             self.task_type = TaskType(str(self.task_type))
@@ -157,13 +158,18 @@ class PeftConfig(metaclass=_Checked):
                 out[f.name] = _plain(value)
         return out
 
-    def write(self, folder: str | Path) -> None:
+    def write(self, folder: str | Path, inference_mode: bool = True) -> None:
         """Write ``adapter_config.json`` into ``folder``: atomically, byte for byte the same for equal settings.
+
+        Args:
+            folder: made if need be.
+            inference_mode: what the file says of it; a saved adapter is there to be used.
 
         Raises:
             TypeError: a field holds something JSON cannot hold; nothing is written then.
         """
-        values = self.file_dict() | {"inference_mode": True, "peft_version": self.peft_version or PEFT_VERSION}
+        version = self.peft_version or PEFT_VERSION
+        values = self.file_dict() | {"inference_mode": inference_mode, "peft_version": version}
         try:
             text = json.dumps(values, indent=2, sort_keys=True)
         except TypeError as error:
@@ -173,8 +179,13 @@ class PeftConfig(metaclass=_Checked):
         write_text(Path(folder) / CONFIG_NAME, text)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """``write`` under the name people know."""
-        self.write(save_directory)
+        """``write`` under the name people know, with ``inference_mode`` as it is.
+
+        Raises:
+            AssertionError: ``save_directory`` is a file.
+        """
+        assert not Path(save_directory).is_file(), f"Provided path ({save_directory}) should be a directory, not a file"
+        self.write(save_directory, self.inference_mode)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "the config") -> PeftConfig:
@@ -201,8 +212,8 @@ class PeftConfig(metaclass=_Checked):
             written = values.get("peft_version")
             hint = f" (written by version {written})" if written else ""
             warnings.warn(
-                f"{source}{hint} has fields that {found.__name__} does not know: {sorted(unknown)}; they are kept but "
-                "have no effect.",
+                f"Unexpected keyword arguments {sorted(unknown)} for class {found.__name__} in {source}{hint}: these "
+                "are ignored, but kept and written again.",
                 stacklevel=3,
             )
         config = found(**values)
@@ -236,7 +247,9 @@ class PeftConfig(metaclass=_Checked):
         """
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():
-            raise FileNotFoundError(f"{folder} holds no {CONFIG_NAME}, so it is not an adapter folder.")
+            raise NotFound(
+                f"Can't find '{CONFIG_NAME}' at '{folder}': it holds no {CONFIG_NAME}, so it is not an adapter folder."
+            )
         try:
             return cls.from_dict(cls.from_json_file(path), source=str(path))
         except TypeError as error:

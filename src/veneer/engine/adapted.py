@@ -305,8 +305,8 @@ class Adapted(nn.Module):
         if check and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
             self.fold_in(before, check=False, keep=keep, way=way)
             raise ValueError(
-                f"Merging {', '.join(names)} into '{self.site.path}' gives values that are not finite; "
-                "nothing was merged."
+                f"NaNs detected in the merged weights: with {', '.join(names)}, those of '{self.site.path}' are not "
+                "finite; nothing was merged. The adapter seems to be broken."
             )
         loss = None
         if row is None:

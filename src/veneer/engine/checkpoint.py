@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from veneer.core import registry
 from veneer.core.adapter import Adapter
 from veneer.core.config import PeftConfig
+from veneer.core.errors import ShapeError
 from veneer.core.files import write_bytes
 from veneer.core.parts import parts_of
 from veneer.core.patterns import nearest
@@ -206,7 +207,11 @@ def _put_prompt(prompt: nn.Module, left: dict[str, Tensor], report: LoadReport, 
 def _judge(report: LoadReport, name: str, strict: bool, ignore_mismatched: bool) -> None:
     if not report.missing_keys and not report.unexpected_keys and ignore_mismatched:
         return
-    if (report.mismatched_keys and not ignore_mismatched) or (strict and not report.clean):
+    if report.mismatched_keys and not ignore_mismatched:
+        raise ShapeError(
+            f"size mismatch: the tensors do not fit adapter '{name}'; nothing was loaded. {report.sentence()}"
+        )
+    if strict and not report.clean:
         raise ValueError(f"The tensors do not fit adapter '{name}'; nothing was loaded. {report.sentence()}")
 
 

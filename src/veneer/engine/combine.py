@@ -189,7 +189,7 @@ def _checked(
             f"Give one weight for each of at least one distinct adapter, not {len(weights)} for {list(adapters)}."
         )
     if kind not in RULES:
-        raise ValueError(f"Unknown combination_type '{kind}'; known are {', '.join(RULES)}.")
+        raise ValueError(f"Invalid combination_type: '{kind}' is unknown; known are {', '.join(RULES)}.")
     if any(kind.startswith(entrywise) for entrywise in ENTRYWISE) and (density is None or not 0 < density <= 1):
         raise ValueError(f"combination_type='{kind}' needs a density in (0, 1], not {density}.")
     if tuner.merged:

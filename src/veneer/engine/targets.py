@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -10,6 +11,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from veneer.core import errors
+from veneer.core.errors import NoMatchingPeftModuleError
 from veneer.core.patterns import Expression, Matcher, Names, is_literal, nearest, search_suffix
 
 ALL_LINEAR = "all-linear"
@@ -165,7 +168,10 @@ def _check(config: Any) -> None:
         raise ValueError("layers_pattern needs layers_to_transform, the indices of the layers to adapt.")
     others = any(_field(config, f) for f in ("modules_to_save", "trainable_token_indices"))
     if not names and not parameters and (names is None or not others):
-        raise ValueError("target_modules is not set; give a list of names, a regular expression, or 'all-linear'.")
+        raise NoMatchingPeftModuleError(
+            "No `target_modules` passed but also no `target_parameters` found; give a list of names, a regular expression, "
+            "or 'all-linear'."
+        )
 
 
 def _matched(model: nn.Module, config: Any, modules: list[tuple[str, nn.Module]], strict: bool) -> list[Target]:
@@ -193,8 +199,9 @@ def _matched(model: nn.Module, config: Any, modules: list[tuple[str, nn.Module]]
         _refuse_unmatched(model, "target_modules", wanted, [path for path, _ in modules])
         _refuse_unmatched(model, "target_parameters", parameters, parameter_names)
     if not targets and (names or parameters.names):
-        raise ValueError(
-            f"All that target_modules={_shown(names)} matches in {type(model).__name__} lies in modules_to_save="
+        raise NoMatchingPeftModuleError(
+            "No modules were targeted for adaptation: "
+            f"all that target_modules={_shown(names)} matches in {type(model).__name__} lies in modules_to_save="
             f"{_shown(_field(config, 'modules_to_save'))} and trains as a whole; narrow one of the two."
         )
     return targets
@@ -213,7 +220,8 @@ def _without_excluded(
     if strict:
         _refuse_unmatched(model, "exclude_modules", barred, [path for path, _ in modules])
     if matched and not left:
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
+            "No modules were targeted for adaptation: "
             f"exclude_modules={_shown(names)} takes out all {len(matched)} modules of {type(model).__name__} that are "
             f"targeted, such as '{matched[0].name}'; narrow it."
         )
@@ -284,16 +292,29 @@ def _refuse_unmatched(model: nn.Module, what: str, wanted: Matcher, names: list[
         return
     kind, owner = "parameter" if what == "target_parameters" else "module", type(model).__name__
     if isinstance(wanted, _AllLinear):
-        raise ValueError(f"{owner} has no linear layer for target_modules='all-linear'; name its modules instead.")
+        raise NoMatchingPeftModuleError(
+            f"{owner} has no linear layer for target_modules='all-linear'; name its modules instead."
+        )
     if isinstance(wanted, Expression):
-        said = f"{what}='{missing[0]}'"
+        none, words, said = True, missing[0], f"{what}='{missing[0]}'"
         hint = f" A str is a regular expression for the whole path; to match by name, write ['{missing[0]}']."
         hint = hint if is_literal(missing[0]) else ""
     else:
-        all_missing = len(missing) == len(wanted.names) if isinstance(wanted, Names) else True
-        said = f"{what}={missing}" if all_missing else f"{missing} in {what}"
+        none, words = len(missing) == len(wanted.names) if isinstance(wanted, Names) else True, _set(missing)
+        said = f"{what}={missing}" if none else f"{missing} in {what}"
         hint = ""
-    raise ValueError(f"No {kind} of {owner} matches {said}; {_hint_names(missing, names)}.{hint}")
+    sentence = f"No {kind} of {owner} matches {said}; {_hint_names(missing, names)}.{hint}"
+    targeting = what in ("target_modules", "target_parameters", "trainable_token_indices")
+    if errors.lenient and not (none and targeting):
+        warnings.warn(sentence, errors.PeftWarning, stacklevel=2)
+        return
+    if none and targeting:
+        raise NoMatchingPeftModuleError(f"Target {kind}s {words} not found in the base model. {sentence}")
+    raise ValueError(sentence)
+
+
+def _set(names: list[str]) -> str:
+    return "{" + ", ".join(map(repr, names)) + "}"
 
 
 def _hint_names(missing: list[str], paths: list[str]) -> str:

@@ -214,7 +214,7 @@ class Tuner(nn.Module):
         if name == BASE or hasattr(nn.ModuleDict, name) or name == "training":
             raise ValueError(f"The adapter name '{name}' is reserved; choose another.")
         if name in self.configs:
-            raise ValueError(f"An adapter named '{name}' exists already; delete it first or choose another name.")
+            raise ValueError(f"Adapter with name '{name}' already exists; delete it first or choose another name.")
 
     def delete(self, name: str) -> None:
         """Take one adapter out; layers that no adapter is left at get their own module back.
@@ -342,7 +342,7 @@ class Tuner(nn.Module):
         for name in names:
             if name not in self.configs:
                 have = ", ".join(self.configs) or "none"
-                raise ValueError(f"There is no adapter named '{name}'; this model has: {have}.")
+                raise ValueError(f"Adapter {name} not found: there is no adapter named '{name}'; this model has: {have}.")
 
     def _all_hosts(self, innermost_first: bool = False) -> list[Adapted]:
         found = list(dict.fromkeys(h for each in self._hosts.values() for h in each))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.core.config import CONFIG_NAME
+from veneer.core.errors import NotFound
 from veneer.hf import card
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -60,7 +61,10 @@ def _local(root: Path, subfolder: str | None, weights: bool) -> Path:
     if not (folder / CONFIG_NAME).is_file():
         inside = sorted(p.parent.relative_to(root) for p in root.glob(f"*/{CONFIG_NAME}"))
         hint = f"; its sub-folders {', '.join(map(str, inside))} do: pass subfolder=" if inside else ""
-        raise FileNotFoundError(f"'{folder}' is a folder, but it holds no {CONFIG_NAME}, so no adapter{hint}.")
+        raise NotFound(
+            f"Can't find '{CONFIG_NAME}' at '{folder}': it is a folder, but it holds no {CONFIG_NAME}, so no "
+            f"adapter{hint}."
+        )
     if weights and not any((folder / name).is_file() for name in WEIGHTS):
         raise ValueError(
             f"'{folder}' holds a {CONFIG_NAME} but no tensors ({' or '.join(WEIGHTS)}); save the adapter again."
@@ -90,8 +94,9 @@ def download(repo: str, filename: str, subfolder: str | None = None, **kwargs: A
     from huggingface_hub import errors, hf_hub_download
 
     if not card.REPO_ID.fullmatch(repo):
-        raise ValueError(
-            f"'{repo}' is neither an existing folder nor a hub id of the form 'owner/name'; check the path."
+        raise NotFound(
+            f"Can't find '{CONFIG_NAME}' at '{repo}': it is neither an existing folder nor a hub id of the form "
+            "'owner/name'; check the path."
         )
     own = arguments(kwargs)
     what = f"'{repo}'" + (f" at revision '{own['revision']}'" if "revision" in own else "")
@@ -99,23 +104,23 @@ def download(repo: str, filename: str, subfolder: str | None = None, **kwargs: A
     try:
         return Path(hf_hub_download(repo, filename, subfolder=subfolder, **own))
     except errors.GatedRepoError as error:
-        raise FileNotFoundError(f"{what} is gated: accept its terms on the hub and pass token=.") from error
+        raise NotFound(f"{what} is gated: accept its terms on the hub and pass token=.") from error
     except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{what} does not exist on the hub; name a branch, a tag or a commit.") from error
+        raise NotFound(f"{what} does not exist on the hub; name a branch, a tag or a commit.") from error
     except errors.LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
+        raise NotFound(
             f"{what} is no local folder, and {wanted} is not in the local cache while the hub is switched off or out "
             "of reach; check the path, or download it once while online."
         ) from error
     except errors.EntryNotFoundError as error:
-        raise FileNotFoundError(f"{what} has no file {wanted} on the hub; check subfolder and revision.") from error
+        raise NotFound(f"{what} has no file {wanted} on the hub; check subfolder and revision.") from error
     except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
-        raise FileNotFoundError(
+        raise NotFound(
             f"{what} is neither an existing folder nor a repository that the hub shows you; check the name, or pass "
             "token= if it is private."
         ) from error
     except errors.HfHubHTTPError as error:
-        raise FileNotFoundError(f"{what}: the hub did not give {wanted} ({error}); try again later.") from error
+        raise NotFound(f"{what}: the hub did not give {wanted} ({error}); try again later.") from error
 
 
 def cached_config(name: str) -> Path | None:
@@ -191,7 +196,7 @@ def push_to_hub(
 
     folder = Path(folder)
     if not any(folder.glob(CONFIG_NAME)) and not any(folder.glob(f"*/{CONFIG_NAME}")):
-        raise FileNotFoundError(f"'{folder}' holds no {CONFIG_NAME}; save the adapter there before pushing it.")
+        raise NotFound(f"'{folder}' holds no {CONFIG_NAME}; save the adapter there before pushing it.")
     card.make_uploadable(folder)
     hub = HfApi(endpoint=endpoint, token=token)
     repo = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, MutableMapping, Sequence
 from typing import Any
@@ -128,10 +129,15 @@ class PeftLayer(shown.Shows, Adapted):
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Fold adapters (default: the active ones) into this layer alone.
 
+        if not names and self.merged_names:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
         Raises:
             ValueError: an adapter without a weight, or with ``safe_merge`` a result that is not finite.
         """
         names = [n for n in (adapter_names or self.state.active) if n in self.adapters]
+        """Put the layer's own weight back."""
+        if not self.merged_names:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         names = [n for n in names if n not in self.merged_names and self._own(n).replacement() is None]
         self.fold_in(names, check=safe_merge)
         self._tell()
@@ -186,7 +192,7 @@ class PeftLayer(shown.Shows, Adapted):
         return adapter_name in self.adapters and isinstance(self.adapters[adapter_name], Additive)
 
     def each(self, leaf: str) -> Any:
-        """adapter -> its attribute ``leaf``; of modules and tensors a view that is a module, also of what layers share."""
+        """adapter -> its attribute ``leaf``; for modules and tensors, shared ones too, a view that is a module."""
         held = shown.view(self.adapters, leaf)
         if held is None:
             sharing = {name: a.shared for name, a in self.adapters.items() if isinstance(a.shared, nn.Module)}
@@ -198,18 +204,18 @@ class PeftLayer(shown.Shows, Adapted):
             found = dict(shown.children(self)).get(name) if "_modules" in self.__dict__ else None
             if found is None:
                 raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
-    # ---- the tree -----------------------------------------------------------------------------------------------------
+            return found
+        if name == "token_indices":
+            return shown.rows_trained(self.adapters)
+        return super().__getattr__(name)
+
+    # ---- the tree ----------------------------------------------------------------------------------------------------
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules inside as others know them; see ``veneer.hf.shown``."""
         return shown.children(self)
 
     def shown_name(self, key: str) -> str:
         return shown.name_of(self, key)
-
-            return found
-        if name == "token_indices":
-            return shown.rows_trained(self.adapters)
-        return super().__getattr__(name)
 
 
 _WRAPPER_NAMES = (shown.COPY, shown.ORIGINAL, shown.TOKENS)

@@ -19,6 +19,7 @@ from veneer.core.config import CONFIG_NAME, PeftConfig, TaskType
 from veneer.core.prompt import Prompt
 from veneer.core.root import Root
 from veneer.engine import checkpoint
+from veneer.engine.adapted import Adapted
 from veneer.hf import card, experts, hub, old_experts, prompted_generation, prompts, sharded, shown, status, ties
 from veneer.hf.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from veneer.hf.tuner import meta_to_layers, tuner_class
@@ -62,6 +63,12 @@ class PeftModel(shown.Shows):
         if not isinstance(peft_config, PeftConfig):
             raise TypeError(f"peft_config must be a config such as LoraConfig, not a {type(peft_config).__name__}.")
         build = tuner_class(str(peft_config.peft_type))
+        if any(isinstance(module, Adapted) for module in model.modules()):
+            warnings.warn(
+                "You are trying to modify a model with PEFT for a second time: it has adapters already. To have one "
+                "more beside them, call add_adapter; to start again, .unload() first.",
+                stacklevel=2,
+            )
         self.base_model: Any = build(model)
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
@@ -140,8 +147,8 @@ class PeftModel(shown.Shows):
         self.base_model.set_adapter(adapter_name, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Take one adapter out; the last one can go too."""
-        self.base_model.delete(adapter_name)
+        """Take one adapter out; the last one can go too. Was it the only active one, the next takes its place."""
+        self.base_model.delete_adapter(adapter_name)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         self.base_model.set_requires_grad(adapter_names, requires_grad)
@@ -158,13 +165,20 @@ class PeftModel(shown.Shows):
 
     @property
     def active_adapter(self) -> str | list[str]:
-        return self.base_model.active_adapter
+        active = self.base_model.active_adapters
+        return active[0] if len(active) == 1 else active
 
     @property
     def active_adapters(self) -> list[str]:
         return self.base_model.active_adapters
 
     @property
+    @property
+    def peft_type(self) -> str:
+        """The method of the first active adapter, else of the first."""
+        name = next(iter(self.active_adapters or self.peft_config))
+        return self.peft_config[name].peft_type
+
     def active_peft_config(self) -> PeftConfig:
         return self.peft_config[self.active_adapters[0]]
 
@@ -294,9 +308,13 @@ class PeftModel(shown.Shows):
         """
         folder = Path(save_directory)
         if folder.is_file():
-            raise ValueError(f"save_directory '{folder}' is a file; give a folder.")
+            raise ValueError(f"Provided path ({folder}) should be a directory, not a file.")
         names = list(selected_adapters) if selected_adapters is not None else list(self.peft_config)
-        self.base_model._require(*names)
+        if not set(names) <= set(self.peft_config):
+            raise ValueError(
+                "You passed an invalid `selected_adapters` argument: this model has the adapters "
+                f"{list(self.peft_config)}, not all of {names}."
+            )
         convert = convert or path_initial_model_for_weight_conversion is not None
         written: dict[str, PeftConfig] = {}
         for name in names:
@@ -353,6 +371,8 @@ class PeftModel(shown.Shows):
         _refuse_offload(ephemeral_gpu_offload)
         folder = hub.resolve(model_id, kwargs.get("subfolder"), **hub.arguments(kwargs))
         config = config if config is not None else PeftConfig.read(folder)
+        if config is not None and not isinstance(config, PeftConfig):
+            raise ValueError(f"The input config must be a PeftConfig, got {type(config)}.")
         config, tensors = _adopted(model, copy.deepcopy(config), folder, key_mapping, is_trainable)
         _own_members(config, folder)
         config.inference_mode = not is_trainable
@@ -372,7 +392,8 @@ class PeftModel(shown.Shows):
         except BaseException:
             whole.base_model.unload()
             raise
-        whole.eval()
+        if not is_trainable:
+            whole.eval()
         return whole
 
     def load_adapter(

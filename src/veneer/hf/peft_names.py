@@ -47,6 +47,7 @@ MODULES = frozenset(
 
 HOMES = {
     "veneer.core.config": ["PeftConfig", "TaskType", "CONFIG_NAME", "PeftConfigMixin=PeftConfig"],
+    "veneer.core.errors": ["NoMatchingPeftModuleError", "PeftError", "PeftWarning"],
     "veneer.core.registry": ["PeftType"],
     "veneer.engine.checkpoint": ["WEIGHTS_NAME=BIN_NAME", "SAFETENSORS_WEIGHTS_NAME=SAFE_NAME"],
     "veneer.engine.targets": ["INCLUDE_LINEAR_LAYERS_SHORTHAND=ALL_LINEAR"],
@@ -55,7 +56,7 @@ HOMES = {
     "veneer.hf.faces": [
         "AuxiliaryTrainingWrapper", "BaseTunerLayer", "LoraLayer", "ModulesToSaveWrapper", "TrainableTokensWrapper",
     ],
-    "veneer.hf.model": ["PeftMixedModel=PeftModel"],
+    "veneer.hf.mixed": ["PeftMixedModel", "_check_config_compatible=refuse_layerless"],
     "veneer.hf.peer": [
         "build_peft_weight_mapping", "cast_adapter_dtype", "cast_mixed_precision_params", "check_if_peft_model",
         "check_target_module_exists", "convert_peft_config_for_transformers", "delete_adapter",
@@ -81,10 +82,6 @@ CONSTANTS: dict[str, Any] = {
     "MIN_TARGET_MODULES_FOR_OPTIMIZATION": 20,
     "SEQ_CLS_HEAD_NAMES": ["score", "classifier"],
     "TOKENIZER_CONFIG_NAME": "tokenizer_config.json",
-    # What veneer raises and warns with, so that `except peft.PeftError` and filters meet it.
-    "PeftError": ValueError,
-    "NoMatchingPeftModuleError": ValueError,
-    "PeftWarning": UserWarning,
 }
 KINDS = {
     "Linear": ("linear", "conv1d_hf"), "Conv1d": ("conv",), "Conv2d": ("conv",), "Conv3d": ("conv",),

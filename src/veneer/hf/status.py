@@ -65,7 +65,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     layers = [_layer(name, host) for name, host in _wrappers(model)]
     if not layers:
         raise ValueError(
-            f"{type(model).__name__} has no adapters; make some with get_peft_model or inject_adapter_in_model."
+            f"No adapter layers found in the model: {type(model).__name__} has no adapters; make some with "
+            "get_peft_model or inject_adapter_in_model."
         )
     return layers
 

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from veneer.core.config import PeftConfig
+from veneer.hf.mixed import PeftMixedModel
 from veneer.hf.model import TASK_CLASSES, PeftModel
 
 
@@ -114,7 +115,8 @@ def get_peft_model(
         model: any ``nn.Module``; its layers are wrapped in place and its parameters frozen.
         peft_config: the method and its settings.
         adapter_name: the adapter's name.
-        mixed: accepted as the peer has it; every model here may hold adapters of different methods.
+        mixed: make a ``PeftMixedModel``, as programs for the peer ask for; every model here may hold adapters of
+            different methods.
         autocast_adapter_dtype: float32 adapters over a half-precision base (default), else the base's dtype.
         revision: the base model's revision, recorded in the config.
         low_cpu_mem_usage: leave the adapter's tensors on the meta device.
@@ -124,7 +126,7 @@ def get_peft_model(
     """
     if revision is not None:
         peft_config.revision = revision
-    build = task_class(peft_config)
+    build = PeftMixedModel if mixed else task_class(peft_config)
     return build(
         model,
         peft_config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -18,11 +19,11 @@ from veneer.engine.combine import add_weighted_adapter
 from veneer.engine.packed_merge import REQUANTIZE, MergeReport
 from veneer.engine.targets import ALL_LINEAR, walk
 from veneer.engine.tuner import Tuner
+from veneer.hf import shown
 from veneer.hf.architectures import default_targets, present
 from veneer.hf.layer_face import PeftLayer
 from veneer.hf.quantised import dequantized, way_of
 from veneer.hf.read_weights import ReadLayer, reader_of, refuse_unreadable
-from veneer.hf import shown
 from veneer.hf.replicate import Replication, check_agrees, ranges_of, replicate
 
 
@@ -118,16 +119,45 @@ class PeftTuner(shown.Shows, Tuner):
         return list(self.state.active)
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        active = list(self.state.active)
-        return active[0] if len(active) == 1 else active
+    def active_adapter(self) -> list[str]:
+        return list(self.state.active)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self.set_active(*names, trainable=not inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out. Was it the only active one, then the first of those that are left becomes active.
+
+        Raises:
+            ValueError: no such adapter.
+        """
+        if adapter_name not in self.configs:
+            raise ValueError(f"Adapter {adapter_name} does not exist; this model has: {', '.join(self.configs)}.")
+        inherits = adapter_name in self.state.active and adapter_name not in self.roots
         self.delete(adapter_name)
+        if inherits and not self.state.active and self.configs:
+            heir = next(iter(self.configs))
+            warnings.warn(
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {heir}.",
+                stacklevel=2,
+            )
+            self.set_active(heir)
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The paths of the layers that are adapted, in the order of the model; copies and trained rows not counted."""
+        return [path for path, parameter in self._targeted() if parameter is None]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The paths of the parameters that are adapted by themselves (``target_parameters``)."""
+        return [f"{path}.{parameter}" for path, parameter in self._targeted() if parameter is not None]
+
+    def _targeted(self) -> list[tuple[str, str | None]]:
+        helpers = tuple(registry.AUXILIARY.values())
+        held = (h for h in self._all_hosts() if any(not isinstance(a, helpers) for a in h.adapters.values()))
+        return [(h.site.path, h.site.parameter if h.site.kind == "parameter" else None) for h in held]
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
@@ -151,9 +181,16 @@ class PeftTuner(shown.Shows, Tuner):
 
         ``quantized``: what becomes of packed layers, as in ``merge_and_unload``.
         """
+        wanted = tuple(adapter_names or self.state.active)
+        self._require(*wanted)
+        if wanted and set(wanted) <= set(self.merged):
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
         return self.merge(*(adapter_names or ()), check=safe_merge, keep=keep, quantized=way_of(self.model, quantized))
 
     def unmerge_adapter(self) -> None:
+        """Put the base's own weights back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         self.unmerge()
 
     def merge_and_unload(
@@ -210,7 +247,7 @@ class PeftTuner(shown.Shows, Tuner):
         """``after_step`` under AdaLoRA's name: call it after ``optimizer.step()``, before gradients are cleared."""
         self.after_step(global_step)
 
-    # ---- the tree -----------------------------------------------------------------------------------------------------
+    # ---- the tree ----------------------------------------------------------------------------------------------------
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """The modules inside as others know them: what the layers of an adapter share stands beside the model."""
         yield "model", self.model

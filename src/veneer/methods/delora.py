@@ -58,7 +58,7 @@ class DeloraConfig(LayerConfig):
         """Refuse what cannot be honoured."""
         for r in (self.r, *(self.rank_pattern or {}).values()):
             if r <= 0:
-                raise ValueError(f"r must be a positive integer, not {r}.")
+                raise ValueError(f"`r` should be a positive integer value but the value passed is {r}.")
 
 
 @method("DELORA", DeloraConfig)

@@ -49,7 +49,7 @@ class HiraConfig(LayerConfig):
         """Refuse what cannot be honoured."""
         for r in (self.r, *self.rank_pattern.values()):
             if r <= 0:
-                raise ValueError(f"r must be a positive integer, not {r}.")
+                raise ValueError(f"`r` should be a positive integer value but the value passed is {r}.")
         if self.init_weights not in (True, False, None, "gaussian"):
             raise ValueError(f"init_weights must be True, False or 'gaussian', not '{self.init_weights}'.")
 

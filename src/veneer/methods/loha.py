@@ -53,7 +53,7 @@ class LycorisConfig(LayerConfig):
         """Refuse what cannot be honoured."""
         for r in (self.r, *self.rank_pattern.values()):
             if r <= 0:
-                raise ValueError(f"r must be a positive integer, not {r}.")
+                raise ValueError(f"`r` should be a positive integer value but the value passed is {r}.")
         for name in ("rank_dropout", "module_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)}.")

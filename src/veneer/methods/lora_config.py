@@ -97,7 +97,7 @@ class LoraConfig(LayerConfig):
         ranks = [self.r, *self.rank_pattern.values()]
         for r in ranks:
             if not isinstance(r, int) or r <= 0:
-                raise ValueError(f"r must be a positive integer, not {r!r}.")
+                raise ValueError(f"`r` should be a positive integer value but the value passed is {r!r}.")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must lie in [0, 1), not {self.lora_dropout}.")
         chosen = [f for f in VARIANTS_BY_FIELD if getattr(self, f)]
@@ -122,7 +122,7 @@ class LoraConfig(LayerConfig):
             raise NotImplementedError(f"init_lora_weights='{start}' is not built in yet.")
         if family != "gaussian" and family not in STARTS:
             known = ", ".join(["gaussian", *sorted(STARTS)])
-            raise ValueError(f"Unknown init_lora_weights '{start}'; known are True, False, {known}.")
+            raise ValueError(f"Unknown initialization init_lora_weights={start!r}; known are True, False, {known}.")
 
     replicates: ClassVar[bool] = False
     """Set by the module that builds ``layer_replication``."""

@@ -67,7 +67,7 @@ class PeanutConfig(LayerConfig):
     def check(self) -> None:
         """Refuse what cannot be honoured."""
         if self.r <= 0:
-            raise ValueError(f"r must be a positive integer, not {self.r}.")
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}.")
         if self.depth < 0:
             raise ValueError(f"depth must not be negative, but is {self.depth}.")
         if self.act_fn not in ACTIVATIONS:

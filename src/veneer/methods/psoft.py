@@ -75,7 +75,7 @@ class PsoftConfig(LayerConfig):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, not '{getattr(self, name)}'.")
         if self.r <= 0:
-            raise ValueError(f"r must be a positive integer, not {self.r}.")
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}.")
         if self.num_cayley_neumann_terms <= 0:
             raise ValueError(f"num_cayley_neumann_terms must be positive, not {self.num_cayley_neumann_terms}.")
         if self.cayley_neumann_eps is not None and not 0 < self.cayley_neumann_eps < 1:

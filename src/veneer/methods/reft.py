@@ -65,7 +65,7 @@ class ReftConfig(LayerConfig):
         if not re.fullmatch(r"all|f\d+|l\d+|f\d+\+l\d+", self.positions):
             raise ValueError(f"positions must be like 'f7+l7', 'f3', 'l1' or 'all', not {self.positions!r}.")
         if self.r < 1:
-            raise ValueError(f"r must be a positive integer, not {self.r}.")
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}.")
 
     @property
     def ends(self) -> tuple[int, int]:

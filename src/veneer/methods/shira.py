@@ -48,7 +48,7 @@ class ShiraConfig(LayerConfig):
     def check(self) -> None:
         """Refuse what cannot be honoured."""
         if self.r <= 0:
-            raise ValueError(f"r must be a positive integer, not {self.r}.")
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}.")
         if self.mask_type != "random" and self.mask_fn is None and not self.inference_mode:
             raise ValueError(
                 f"mask_type='{self.mask_type}' is not built in; set config.mask_fn to a function "

@@ -48,7 +48,7 @@ class VeraConfig(LayerConfig):
     def check(self) -> None:
         """Refuse what cannot be honoured."""
         if self.r <= 0:
-            raise ValueError(f"r must be a positive integer, not {self.r}.")
+            raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}.")
 
 
 class Projections(nn.Module):
