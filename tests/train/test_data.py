@@ -113,3 +113,52 @@ def test_rows_with_the_same_prompt_are_never_on_both_sides():
     assert data.split(rows[:10], "auto", seed=1) == (rows[:10], [])
     with pytest.raises(ValueError, match="leave none to train on"):
         data.split(rows, 90, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "columns"),
+    [
+        ({"review": "r", "sentiment": "s"}, "labels", "text: review, label: sentiment"),
+        ({"words": ["a"], "ner_tags": ["O"]}, "tags", "tokens: words, tags: ner_tags"),
+        ({"query": "q", "passage": "p"}, "pairs", "anchor: query, positive: passage"),
+        ({"x": "q", "y": "p"}, "labels", "text: x, label: y"),
+    ],
+)
+def test_a_task_suggests_the_mapping_to_its_own_columns(tmp_path, row, kind, columns):
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=rf"columns: \{{{columns}\}}"):
+        data.load([str(file)], among=(kind,))
+
+
+def test_each_task_reads_its_rows_from_tables_too(tmp_path):
+    """A csv file has no lists: words stand with blanks between, or as JSON."""
+    rows = {
+        "labels": ('text,label\n"one, two",3\n', {"label": "3"}),
+        "tags": (
+            'tokens,tags\nA b,O B-X\n"[""A"", ""b""]","[""O"", ""B-X""]"\n',
+            {"tokens": ["A", "b"], "tags": ["O", "B-X"]},
+        ),
+        "pairs": ("anchor,positive\nq,p\n", {"positive": "p"}),
+    }
+    for kind, (text, extra) in rows.items():
+        file = tmp_path / f"{kind}.csv"
+        file.write_text(text)
+        found = data.load([str(file)])
+        assert found.format == kind
+        assert all(one.extra == extra for one in found.rows)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "t", "label": 0.5}, "'label' must be one class"),
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens and 1 tags"),
+        ({"anchor": "a", "positive": " "}, "'positive' is empty"),
+    ],
+)
+def test_rows_that_a_task_cannot_use_are_named(tmp_path, row, message):
+    file = tmp_path / "d.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=f"d.jsonl row 1: .*{message}"):
+        data.load([str(file)])

@@ -44,8 +44,11 @@ def check(
     ] = None,
     max_length: Annotated[int, typer.Option("--max-length", min=2, help="Rows longer than this are named.")] = 1024,
     format: Annotated[
-        str, typer.Option("--format", help="alpaca, prompt, messages, sharegpt, text, or auto.")
+        str, typer.Option("--format", help="messages, alpaca, text, labels, tags, pairs, preference, ..., or auto.")
     ] = "auto",
+    column: Annotated[
+        list[str] | None, typer.Option("--column", metavar="OURS=YOURS", help="A column's name; may be repeated.")
+    ] = None,
 ) -> None:
     """Say what is in data, what is wrong with it and in which rows. Exit code 1 if rows cannot be used."""
     tokenizer = None
@@ -59,7 +62,8 @@ def check(
 
     from veneer.train import doctor
 
-    found = doctor.check(list(files), held, format=format, tokenizer=tokenizer, max_length=max_length)
+    columns = dict(_pair(text) for text in column or [])
+    found = doctor.check(list(files), held, format=format, columns=columns, tokenizer=tokenizer, max_length=max_length)
     console = Console(highlight=False)
     for name, value in found.facts:
         console.print(f"[bold]{name:<8}[/]", end="")
@@ -71,3 +75,10 @@ def check(
         console.print("Nothing is wrong with it.")
     if any(finding.what == "rows cannot be used" for finding in found.findings):
         raise SystemExit(1)
+
+
+def _pair(text: str) -> tuple[str, str]:
+    ours, equals, yours = text.partition("=")
+    if not equals:
+        raise ValueError(f"--column needs the form ours=yours, such as label=topic, and '{text}' has no '='.")
+    return ours, yours

@@ -205,6 +205,32 @@ FORMATS = {
     "text": Format(("text",), (), lambda row: {"text": _string(row, "text")}),
     "prompts": Format(("prompt",), (), _prompts),
 }
+TEXTS = (
+    "text",
+    "sentence",
+    "review",
+    "content",
+    "message",
+    "headline",
+    "title",
+    "document",
+    "comment",
+    "tweet",
+    "body",
+)
+ANSWERS = [("question", "answer"), ("query", "response"), ("input", "output"), ("source", "target"), ("q", "a")]
+GUESSES: dict[str, list[dict[str, tuple[str, ...]]]] = {
+    "prompt": [{"prompt": (asked,), "completion": (said,)} for asked, said in ANSWERS],
+    "tags": [{"tokens": ("tokens", "words"), "tags": ("tags", "ner_tags", "pos_tags", "labels", "ner")}],
+    "labels": [
+        {"text": TEXTS, "label": ("label", "category", "class", "topic", "sentiment", "intent", "target", "labels")}
+    ],
+    "pairs": [
+        {"anchor": ("anchor", "query", "question"), "positive": ("positive", "pos", "document", "passage", "answer")},
+        {"anchor": ("sentence1", "premise", "text1"), "positive": ("sentence2", "hypothesis", "text2")},
+    ],
+}
+"""Format -> names by which its columns go elsewhere."""
 ANSWERED = ("messages", "sharegpt", "alpaca", "prompt")
 """Formats of questions with one answer each."""
 
@@ -285,13 +311,26 @@ def detect(row: Row, where: str = "the first row", among: Iterable[str] = FORMAT
         if all(key in row for key in kind.required):
             return name
     wanted = "; ".join(f"{name}: {', '.join(kind.required)}" for name, kind in kinds.items())
-    pairs = [("question", "answer"), ("query", "response"), ("input", "output"), ("source", "target"), ("q", "a")]
-    pair = next((p for p in pairs if all(key in row for key in p)), None)
-    guess = pair or (tuple(row)[:2] if len(row) >= 2 else ("YOUR_PROMPT_COLUMN", "YOUR_ANSWER_COLUMN"))
+    columns = (recognise(row, kinds) or ("", {}))[1]
+    if not columns:
+        ours = ("prompt", "completion") if "prompt" in kinds else next(iter(kinds.values())).required[-2:]
+        columns = dict(zip(ours, map(str, row) if len(row) >= len(ours) else (f"YOUR_{one}" for one in ours)))
+    mapping = ", ".join(f"{mine}: {yours}" for mine, yours in columns.items())
     raise ValueError(
         f"{where} has the columns {', '.join(map(str, row))}, which fit no known format ({wanted}). "
-        f"Map yours to ours, for instance  data: {{columns: {{prompt: {guess[0]}, completion: {guess[1]}}}}}."
+        f"Map yours to ours, for instance  data: {{columns: {{{mapping}}}}}."
     )
+
+
+def recognise(row: Row, among: Iterable[str] = FORMATS) -> tuple[str, dict[str, str]] | None:
+    """(format, our column -> the row's) by the names that columns often have elsewhere, or None."""
+    names = {str(name).lower(): str(name) for name in row}
+    for kind, choices in GUESSES.items():
+        for known in choices if kind in tuple(among) else ():
+            found = {ours: next((names[one] for one in theirs if one in names), "") for ours, theirs in known.items()}
+            if all(found.values()):
+                return kind, {ours: yours for ours, yours in found.items() if yours != ours}
+    return None
 
 
 def continues(examples: list[Example]) -> bool:

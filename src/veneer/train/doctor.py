@@ -72,7 +72,15 @@ def check(
     broken = [*found.skipped, *other.skipped]
     if broken:
         diagnosis.findings.append(Finding("rows cannot be used", broken, "Mend them, or set data.bad_rows: skip."))
-    for finding in (*_turns(found.rows), *_repeats(found.rows), *_leaks(found.rows, other.rows)):
+    if labels := _labels(found.rows):
+        facts.append(("classes", _shares(Counter(label for _, label in labels))))
+    for finding in (
+        *_turns(found.rows),
+        *_repeats(found.rows),
+        *_leaks(found.rows, other.rows),
+        *_classes(labels, _labels(other.rows)),
+        *_spans(found.rows),
+    ):
         diagnosis.findings.append(finding)
     if tokenizer is not None:
         _lengths(diagnosis, found, tokenizer, max_length)
@@ -109,7 +117,7 @@ def _repeats(rows: list[Example]) -> list[Finding]:
         question, answer = example.question, _answer(example)
         if (question, answer) in seen:
             same.append(f"{example.where} (as {seen[question, answer]})")
-        elif question in answers and not (example.messages and len(example.messages) > 3):
+        elif question in answers and not (example.messages and len(example.messages) > 3) and not _many(example):
             torn.append(f"{example.where} (and {answers[question][1]})")
         seen.setdefault((question, answer), example.where)
         answers.setdefault(question, (answer, example.where))
@@ -122,6 +130,11 @@ def _repeats(rows: list[Example]) -> list[Finding]:
     return [one for one in found if one.rows]
 
 
+def _many(example: Example) -> bool:
+    """Whether a prompt may well come with several answers: preferences, prompts to try, texts that belong together."""
+    return bool(example.extra) and not {"label", "tags"} & example.extra.keys() or "completion" in example.extra
+
+
 def _leaks(rows: list[Example], held: list[Example]) -> list[Finding]:
     known = {example.question: example.where for example in rows}
     both = [f"{one.where} (as {known[one.question]})" for one in held if one.question in known]
@@ -132,7 +145,61 @@ def _leaks(rows: list[Example], held: list[Example]) -> list[Finding]:
     )
 
 
+def _labels(rows: list[Example]) -> list[tuple[str, str]]:
+    """(row, class) of labelled texts, and of each word of tagged ones."""
+    tags = [(e.where, tag) for e in rows for tag in e.extra.get("tags", ()) if isinstance(tag, str)]
+    return tags or [(e.where, e.extra["label"]) for e in rows if isinstance(e.extra.get("label"), str)]
+
+
+def _shares(counts: Counter[str], shown: int = 12) -> str:
+    total, common = counts.total(), counts.most_common()
+    parts = [f"{name} {count:,} ({100 * count / total:.0f} %)" for name, count in common[:shown]]
+    return f"{len(counts)}: {', '.join(parts)}" + (f", and {len(common) - shown} more" if len(common) > shown else "")
+
+
+def _classes(train: list[tuple[str, str]], held: list[tuple[str, str]]) -> list[Finding]:
+    """Classes that cannot be learnt, and classes that are probably one."""
+    counts = Counter(label for _, label in train)
+    alike: dict[str, str] = {}
+    for label, _ in counts.most_common():  # the commonest spelling first
+        alike.setdefault(label.casefold().strip(), label)
+    torn = [
+        f"{where} ('{label}' for '{alike[label.casefold().strip()]}')"
+        for where, label in train
+        if alike[label.casefold().strip()] != label
+    ]
+    unknown = [f"{where} ('{label}')" for where, label in held if label not in counts]
+    few = [f"{where} ('{label}')" for where, label in train if counts[label] < 3]
+    found = [
+        Finding(
+            "labels are written otherwise than elsewhere", torn, "They would be classes of their own; spell them alike."
+        ),
+        Finding("held-out labels are in no training row", unknown, "They cannot be learnt; add rows, or drop these."),
+        Finding("labels are in fewer than three rows", few, "Too few to learn from; add rows, or join classes."),
+    ]
+    return [one for one in found if one.rows]
+
+
+def _spans(rows: list[Example]) -> list[Finding]:
+    """Tags that go on with a span which has not begun."""
+    loose = [
+        example.where
+        for example in rows
+        if "tags" in example.extra
+        and any(
+            b.startswith("I-") and a[1:] != b[1:]
+            for a, b in itertools.pairwise(["O", *map(str, example.extra["tags"])])
+        )
+        and any(str(tag).startswith("B-") for tag in example.extra["tags"])
+    ]
+    return [Finding("rows have an I- tag without a B- before", loose, "It counts as the beginning.")] if loose else []
+
+
 def _lengths(diagnosis: Diagnosis, found: data.Examples, tokenizer: Any, max_length: int) -> None:
+    if found.format not in (*data.ANSWERED, "text"):
+        encoded = tokenizer([str(e.text or e.prompt) for e in found.rows], verbose=False)["input_ids"]
+        _long(diagnosis, [e.where for e in found.rows], [len(ids) for ids in encoded], max_length)
+        return
     from veneer.train.tokens import Renderer  # pulls in nothing but is needed with a tokenizer only
 
     renderer = Renderer(tokenizer, found.format, continues=data.continues(found.rows))
@@ -143,21 +210,27 @@ def _lengths(diagnosis: Diagnosis, found: data.Examples, tokenizer: Any, max_len
         except ValueError as error:
             refused.append(f"{example.where} ({error})")
     encoded = renderer.encode([pieces for _, pieces in rows])
-    lengths = sorted(len(ids) for ids, _ in encoded)
+    if refused:
+        diagnosis.findings.append(Finding("rows are refused by the chat template", refused, "Mend their turns."))
+    _long(diagnosis, [example.where for example, _ in rows], [len(ids) for ids, _ in encoded], max_length)
+
+
+def _long(diagnosis: Diagnosis, where: list[str], counts: list[int], max_length: int) -> None:
+    lengths = sorted(counts)
     if lengths:
         middle, most = lengths[len(lengths) // 2], lengths[-1]
         diagnosis.facts.append(
             ("tokens", f"{sum(lengths):,} in all, {middle:,} in the middle row, {most:,} in the longest")
         )
-    long = [example.where for (example, _), (ids, _) in zip(rows, encoded, strict=True) if len(ids) > max_length]
-    if refused:
-        diagnosis.findings.append(Finding("rows are refused by the chat template", refused, "Mend their turns."))
+    long = [row for row, count in zip(where, counts, strict=True) if count > max_length]
     if long:
         remedy = "They will be cut there; raise data.max_length, or set data.too_long: drop."
         diagnosis.findings.append(Finding(f"rows are longer than {max_length} tokens", long, remedy))
 
 
 def _answer(example: Example) -> str:
+    if example.extra:
+        return str({key: value for key, value in example.extra.items() if key != "prompt"})
     if example.messages is not None:
         return next((str(t["content"]) for t in reversed(example.messages) if t["role"] == "assistant"), "")
     return example.completion if example.completion is not None else example.text or ""
