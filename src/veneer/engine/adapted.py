@@ -1,125 +1,40 @@
-"""The one wrapper: a layer with adapters around it; and the one switchboard that all wrappers of a model share."""
+"""The one wrapper: a layer with adapters around it."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.func import functional_call
 
 from veneer.core import quant
-from veneer.core.adapter import Adapter, Additive, Base, Reweight, Weight
+from veneer.core.adapter import Adapter, Base, Reweight, Weight
 from veneer.core.sites import Parameters, Site
+from veneer.engine.compiled import switched, twins
+from veneer.engine.folding import calling, known, stand_around
 from veneer.engine.lowrank_path import LowRankPath, path
 from veneer.engine.packed_merge import DEQUANTIZE, REQUANTIZE, Loss, Way
-
-BASE = "__base__"
-"""In a mixed batch: the name of rows that no adapter touches."""
-
-
-@dataclass
-class State:
-    """Which adapters are on, how strongly, and for which rows. One object per model."""
-
-    active: tuple[str, ...] = ()
-    enabled: bool = True
-    gains: dict[str, Any] = field(default_factory=dict)
-    """How much of an adapter: a number, a tensor that broadcasts to a layer's output, or a dict path -> tensor."""
-    route: tuple[str, ...] | None = None
-    version: int = 0
-    """Counts the changes after which a wrapper must decide anew how to run."""
-    _rows: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict)
-    _masks: dict[Any, Tensor] = field(default_factory=dict)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("active", "route") and self.__dict__.get(name) != value:
-            self.changed()
-        object.__setattr__(self, name, value)
-
-    def changed(self) -> None:
-        """Have every wrapper decide anew."""
-        object.__setattr__(self, "version", self.__dict__.get("version", 0) + 1)
-
-    def rows(self, batch: int, device: torch.device) -> dict[str, Tensor]:
-        """adapter -> its row numbers (int64) for a batch of this size; names repeat in place for beams.
-
-        Raises:
-            ValueError: the batch is no multiple of the number of names.
-        """
-        key = (batch, device)
-        if key not in self._rows:
-            owner = self._owners(batch)
-            self._rows[key] = {
-                name: torch.tensor([i for i, o in enumerate(owner) if o == name], device=device)
-                for name in dict.fromkeys(owner)
-            }
-        return self._rows[key]
-
-    def _owners(self, batch: int) -> list[str]:
-        assert self.route is not None
-        times, rest = divmod(batch, len(self.route))
-        if rest or not times:
-            raise ValueError(
-                f"adapter_names has {len(self.route)} entries, but a layer was called with a batch of {batch}; "
-                "give one name for each row of the batch."
-            )
-        return [name for name in self.route for _ in range(times)]
-
-    def mask(
-        self, batch: int, parts: tuple[tuple[str, int, float], ...], device: torch.device, dtype: torch.dtype
-    ) -> Tensor:
-        """(batch, total rank): a part's scaling where it is the row's own (in a mixed batch), else 0.
-
-        Args:
-            batch: number of rows; 1 without a route, where every part is every row's.
-            parts: (adapter, rank, scaling) of each stacked branch.
-            device: where the mask is needed.
-            dtype: in which dtype.
-        """
-        key = (batch, parts, device, dtype)
-        if key not in self._masks:
-            owners = self._owners(batch) if self.route is not None else [None] * batch
-            rows = [[s * (owner in (None, name)) for name, r, s in parts for _ in range(r)] for owner in owners]
-            self._masks[key] = torch.tensor(rows, device=device, dtype=dtype)
-        return self._masks[key]
-
-    def send(self, names: Iterable[str] | None) -> None:
-        """Route the rows of the batches to come, or stop routing."""
-        self.route = None if names is None else tuple(names)
-        self._rows, self._masks = {}, {}
-
-    @contextlib.contextmanager
-    def only(self, name: str) -> Iterator[None]:
-        """Within: no routing, and just this adapter active."""
-        before = self.route, self.active
-        self.route, self.active = None, (name,)
-        try:
-            yield
-        finally:
-            self.route, self.active = before
-
-    def __deepcopy__(self, memo: dict) -> State:
-        twin = State(self.active, self.enabled, dict(self.gains), self.route)
-        twin.version = self.version
-        memo[id(self)] = twin
-        return twin
+from veneer.engine.state import BASE as BASE
+from veneer.engine.state import State as State
 
 
 class Adapted(nn.Module):
     """A layer with named adapters around it, of any methods, side by side."""
 
     is_adapted = True
+    twins: dict[str, nn.Module] | None = None
+    """The adapters as compiled graphs see them, once there is such a graph."""
 
     def __init__(self, base_layer: nn.Module, site: Site, state: State):
         super().__init__()
         self.base_layer: Any = base_layer
         self.adapters: Any = nn.ModuleDict()  # name -> Adapter
         self.site, self.state = site, state
+        self.number = state.enter(_device(base_layer))
         self.gains: dict[str, float | Tensor] = {}
         self.original: Parameters | tuple[nn.Module] | None = None
         self.lent: Parameters | None = None
@@ -132,22 +47,56 @@ class Adapted(nn.Module):
 
     # ---- forward ----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        compiling = is_compiling()
+        if compiling and self._twinned():
+            x, rest = self._first(args, kwargs)
+            return switched(self, x, self._layer(rest, kwargs), not rest and not kwargs)
         state = self.state
         if not state.enabled:
             return self._modules["base_layer"](*args, **kwargs)  # the plain lookup is slow enough to show
         if self._decided != state.version:
             self._decide(state)
-        if self._path is not None and not state.gains and not self.gains and len(args) == 1 and not kwargs:
-            if not torch.compiler.is_compiling():
-                y = self._path(args[0])
-                if y is not None:
-                    return y
+        plain = len(args) == 1 and not kwargs and not state.gains and not self.gains
+        if self._path is not None and plain and not compiling:
+            y = self._path(args[0])
+            if y is not None:
+                return y
         if state.route is not None:
             return self._mixed(state.route, args, kwargs)
         if not self._names:
             return self._modules["base_layer"](*args, **kwargs)
         x, args = self._first(args, kwargs)
         return self.around(self._names, self._layer(args, kwargs), args, kwargs)(x)
+
+    def settle(self) -> None:
+        """Take note of adapters that came or went."""
+        if self.twins is not None:
+            self.__dict__["twins"] = twins(self)
+
+    def _twinned(self) -> bool:
+        """Make the adapters' twins, while a graph is traced; whether there are any."""
+        self.__dict__["twins"] = twins(self)
+        return self.twins is not None
+
+    # Run while tracing, and not traced: ``torch.compiler.assume_constant_result``, which would import the compiler.
+    _twinned._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+    def train(self, mode: bool = True) -> Adapted:
+        for twin in (self.twins or {}).values():
+            twin.train(mode)
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "twins"}
+
+    def set_gain(self, name: str, gain: float | Tensor) -> None:
+        """How much of an adapter there is at this layer."""
+        number = isinstance(gain, float | int)
+        self.gains.pop(name, None)
+        if not number or gain != 1:
+            self.gains[name] = gain
+        self.state.at(self.number, name, float(gain) if number else 1.0)
+        self.settle()
 
     def _decide(self, state: State) -> None:
         """Which adapters run here, and whether the short way serves them: once per change of the switchboard."""
@@ -176,12 +125,12 @@ class Adapted(nn.Module):
             if isinstance(adapter, Reweight) or not self.site.maps_input:
                 continue
             if (copy := adapter.replacement()) is not None:
-                layer = _calling(copy, args, kwargs or {})
+                layer = calling(copy, args, kwargs or {})
             elif (new := adapter.overrides()) is not None:
                 layer = self._overridden(new, args, kwargs or {})
             else:
                 around = functools.partial(adapter, call=(args, kwargs or {})) if adapter.reads_call else adapter
-                layer = _stand_around(around, layer, self._gain(name))
+                layer = stand_around(around, layer, self._gain(name))
         return layer
 
     def _overridden(self, new: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Base:
@@ -253,7 +202,7 @@ class Adapted(nn.Module):
                     part = _rows_of(self(x, *args, **kwargs), own, dim)
             else:
                 part = x.index_select(dim, own)
-                part = self.around((name,), _known(bare, part, _rows_of(y, own, dim)))(part)
+                part = self.around((name,), known(bare, part, _rows_of(y, own, dim)))(part)
             y = _put_rows(y, own, part, dim)
         return y
 
@@ -381,6 +330,8 @@ class Adapted(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapted:
         super()._apply(fn, recurse)
+        self.state.reach(_device(self.base_layer))
+        self.settle()
         aside = [self.lent, *(a.residual for a in self.adapters.values())]  # weights that no module holds now
         for parameters in aside:
             for parameter in (parameters or {}).values():
@@ -408,38 +359,17 @@ class Adapted(nn.Module):
         return found if found else getattr(self.base_layer, name)
 
 
+def _device(layer: nn.Module) -> torch.device:
+    lead = next((p for p in layer._parameters.values() if p is not None), None)
+    return torch.device("cpu") if lead is None else lead.device
+
+
 def _moved(original: Parameters | tuple[nn.Module] | None, device: torch.device) -> None:
     if isinstance(original, tuple):
         original[0].to(device)
     for parameter in (original or {}).values() if not isinstance(original, tuple) else ():
         if parameter is not None and parameter.device != device:
             parameter.data = parameter.data.to(device)
-
-
-def _stand_around(adapter: Adapter, layer: Base, gain: float | Tensor | None) -> Base:
-    if gain is None:
-        return lambda h: adapter(h, layer)
-
-    def scaled(h: Tensor) -> Tensor:
-        y = layer(h)
-        g = gain
-        if isinstance(g, Tensor):
-            g = g if g.dim() < 3 or g.shape[1] <= y.shape[1] else g[:, -y.shape[1] :]  # a head sees the last tokens
-            g = g.to(y.device)
-        if isinstance(adapter, Additive) and type(adapter).forward is Additive.forward:
-            return y + (g * adapter.change(h)).to(y.dtype)
-        return y + (g * (adapter(h, _known(layer, h, y)) - y)).to(y.dtype)
-
-    return scaled
-
-
-def _calling(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Base:
-    return lambda h: module(h, *args, **kwargs)
-
-
-def _known(f: Base, x: Tensor, y: Tensor) -> Base:
-    """``f``, remembering that ``f(x) = y``: an adapter that leaves its input alone costs no second call."""
-    return lambda h: y if h is x else f(h)
 
 
 def _rows_of(value: Any, rows: Tensor, dim: int) -> Any:

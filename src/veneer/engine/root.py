@@ -48,9 +48,9 @@ def prepare(tuner: Tuner, model: nn.Module, args: tuple, kwargs: dict[str, Any])
         ValueError: a call that goes on from a key-value cache, or a mixed batch with rows for the root.
     """
     state = tuner.state
-    for root in tuner.roots.values():
-        for member in root.members:
-            state.gains.pop(member, None)
+    governed = {member for root in tuner.roots.values() for member in root.members}
+    if governed & state.gains.keys():
+        state.gains = {name: gain for name, gain in state.gains.items() if name not in governed}
     wanted = state.active if state.route is None else state.route
     name = next((n for n in wanted if n in tuner.roots), None)
     if name is None or not state.enabled:
@@ -65,7 +65,7 @@ def prepare(tuner: Tuner, model: nn.Module, args: tuple, kwargs: dict[str, Any])
         )
     root = tuner.roots[name]
     hidden = _first_pass(tuner, root, model, args, kwargs)
-    state.gains.update(root.gains(hidden))
+    state.gains = state.gains | root.gains(hidden)
 
 
 def _first_pass(tuner: Tuner, root: Root, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -75,6 +75,6 @@ def _first_pass(tuner: Tuner, root: Root, model: nn.Module, args: tuple, kwargs:
     asked = {"use_cache": False, "past_key_values": None, "logits_to_keep": 1, "labels": None}
     own = {k: v for k, v in asked.items() if k in accepted} | {"output_hidden_states": True, "return_dict": True}
     with torch.no_grad(), contextlib.nullcontext() if strengths else tuner.disabled():
-        tuner.state.gains.update(strengths)
+        tuner.state.gains = tuner.state.gains | strengths
         output = model.forward(*args, **(kwargs | own))  # past the hooks, of which this runs in one
     return output.hidden_states[-1]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core import registry
-from veneer.core.adapter import Adapter
+from veneer.core.adapter import Adapter, Additive
 from veneer.core.backends import keep_layout
 from veneer.core.config import PeftConfig
 from veneer.core.parts import is_cut
@@ -106,6 +106,8 @@ class Tuner(nn.Module):
         for site, adapter in drawn.pairs:
             self._plant(name, site, adapter)
         self.configs[name] = config
+        adds = all(build.forward is Additive.forward for build in {type(adapter) for _, adapter in drawn.pairs})
+        self.state.name(*self.configs, ordered=self.state.ordered | (set() if adds else {name}))
         self._train(name, False)
         if name in self.roots and not self.roots[name].trains_members:
             self.freeze(*self.roots[name].members)
@@ -164,8 +166,8 @@ class Tuner(nn.Module):
         host.adapters[name] = adapter
         if adapter.looks_around:
             object.__setattr__(adapter, "beside", host.adapters)  # no sub-module of its own
+        host.settle()
         self._hosts[name].append(host)
-        self.state.changed()
         if adapter.residual is not None and host not in self._split_hosts:
             self._split_hosts.append(host)
 
@@ -234,10 +236,10 @@ class Tuner(nn.Module):
         if active != self.state.active:
             self.state.active = active
             self._settle()
-        self.state.changed()
         for host in reversed(self._hosts.pop(name)):
+            host.set_gain(name, 1.0)
             del host.adapters[name]
-            host.gains.pop(name, None)
+            host.settle()
             if not len(host.adapters):
                 self._unwrap(host)
         self._split_hosts = [h for h in self._split_hosts if any(a.residual is not None for a in h.adapters.values())]
@@ -248,6 +250,7 @@ class Tuner(nn.Module):
         self._training.discard(name)
         self._frozen.discard(name)
         self.state.gains.pop(name, None)
+        self.state.name(*self.configs, ordered=self.state.ordered - {name})
         self._watch()
 
     def _unwrap(self, host: Adapted) -> None:
@@ -269,12 +272,13 @@ class Tuner(nn.Module):
         self._require(old)
         self._free(old)
         self._check_name(new)
-        self.state.changed()
         for host in self._hosts[old]:
             host.adapters[new] = host.adapters.pop(old)
             host.merged_names = tuple(new if n == old else n for n in host.merged_names)
             if old in host.gains:
-                host.gains[new] = host.gains.pop(old)
+                host.set_gain(new, host.gains[old])
+                host.set_gain(old, 1.0)
+            host.settle()
         for table in (self.shared, self.prompts):
             if old in table:
                 table[new] = table.pop(old)
@@ -287,6 +291,7 @@ class Tuner(nn.Module):
             if old in mapping:
                 mapping[new] = mapping.pop(old)
         self.state.active = tuple(new if n == old else n for n in self.state.active)
+        self.state.name(*self.configs, ordered={new if n == old else n for n in self.state.ordered})
 
     def unload(
         self,
@@ -333,6 +338,7 @@ class Tuner(nn.Module):
         for parameter in self._was_trainable:
             parameter.requires_grad_(True)
         self._hosts, self.configs, self._merged_hosts, self._split_hosts = {}, {}, [], []
+        self.state.name()
         self.shared, self.prompts = nn.ModuleDict(), nn.ModuleDict()
         self._watch()
         return self.model

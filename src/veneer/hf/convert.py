@@ -197,6 +197,4 @@ def add_attention_output_twice(model: nn.Module, adapter_name: str = "default", 
     if not found:
         raise ValueError(f"Adapter '{adapter_name}' sits at no nn.MultiheadAttention.")
     for host in found:
-        host.gains.pop(adapter_name, None)
-        if on:
-            host.gains[adapter_name] = 2.0
+        host.set_gain(adapter_name, 2.0 if on else 1.0)

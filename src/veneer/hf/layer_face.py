@@ -75,8 +75,9 @@ class PeftLayer(shown.Shows, Adapted):
             return
         if adapter_name in self.merged_names:
             self.unmerge()
+        self.set_gain(adapter_name, 1.0)
         del self.adapters[adapter_name]
-        self.gains.pop(adapter_name, None)
+        self.settle()
         tuner = self._tuner
         if tuner is None:
             return
@@ -105,44 +106,38 @@ class PeftLayer(shown.Shows, Adapted):
     def set_scale(self, adapter: str, scale: float) -> None:
         """Have the adapter act ``scale`` times as strongly as it was trained."""
         if adapter in self.adapters:
-            self._set_gain(adapter, scale)
+            self.set_gain(adapter, scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the strength of the active adapters."""
         for name in self.state.active:
             if name in self.adapters and scale != 1:
-                self._set_gain(name, self.gains.get(name, 1.0) * scale)
+                self.set_gain(name, self.gains.get(name, 1.0) * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the strength of the active adapters by ``scale``, or, without one, set it back."""
         for name in self.state.active:
             if name in self.adapters:
-                self._set_gain(name, 1.0 if scale is None else self.gains.get(name, 1.0) / scale)
-
-    def _set_gain(self, name: str, gain: float | Tensor) -> None:
-        if isinstance(gain, float | int) and gain == 1:
-            self.gains.pop(name, None)
-        else:
-            self.gains[name] = gain
+                self.set_gain(name, 1.0 if scale is None else self.gains.get(name, 1.0) / scale)
 
     # ---- merging ----------------------------------------------------------------------------------------------------
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
         """Fold adapters (default: the active ones) into this layer alone.
 
-        if not names and self.merged_names:
-            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
         Raises:
             ValueError: an adapter without a weight, or with ``safe_merge`` a result that is not finite.
         """
         names = [n for n in (adapter_names or self.state.active) if n in self.adapters]
-        """Put the layer's own weight back."""
-        if not self.merged_names:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         names = [n for n in names if n not in self.merged_names and self._own(n).replacement() is None]
+        if not names and self.merged_names:
+            warnings.warn("All adapters are already merged, nothing to do.", stacklevel=2)
         self.fold_in(names, check=safe_merge)
         self._tell()
 
     def unmerge(self) -> None:
+        """Put the layer's own weight back."""
+        if not self.merged_names:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
         self.fold_out()
         self._tell()
 
@@ -263,7 +258,7 @@ class _Scalings(MutableMapping):
     def __setitem__(self, name: str, value: Any) -> None:
         own = self.layer.each("scaling")[name]
         if own:
-            self.layer._set_gain(name, value / own)
+            self.layer.set_gain(name, value / own)
         else:
             self.layer.adapters[name].scaling = value
 

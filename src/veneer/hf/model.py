@@ -60,15 +60,16 @@ class PeftModel(shown.Shows):
         **kwargs: Any,
     ):
         super().__init__()
+        self.register_forward_pre_hook(_route, with_kwargs=True)
         if not isinstance(peft_config, PeftConfig):
             raise TypeError(f"peft_config must be a config such as LoraConfig, not a {type(peft_config).__name__}.")
-        build = tuner_class(str(peft_config.peft_type))
         if any(isinstance(module, Adapted) for module in model.modules()):
             warnings.warn(
                 "You are trying to modify a model with PEFT for a second time: it has adapters already. To have one "
                 "more beside them, call add_adapter; to start again, .unload() first.",
                 stacklevel=2,
             )
+        build = tuner_class(str(peft_config.peft_type))
         self.base_model: Any = build(model)
         self.autocast_adapter_dtype = autocast_adapter_dtype
         self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
@@ -173,12 +174,12 @@ class PeftModel(shown.Shows):
         return self.base_model.active_adapters
 
     @property
-    @property
     def peft_type(self) -> str:
         """The method of the first active adapter, else of the first."""
         name = next(iter(self.active_adapters or self.peft_config))
         return self.peft_config[name].peft_type
 
+    @property
     def active_peft_config(self) -> PeftConfig:
         return self.peft_config[self.active_adapters[0]]
 
@@ -194,11 +195,12 @@ class PeftModel(shown.Shows):
     # ---- running ----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, adapter_names: Any = None, **kwargs: Any) -> Any:
         """The adapted model. ``adapter_names``: one adapter per row of the batch, ``"__base__"`` for none."""
-        self.base_model.route(adapter_names)
+        if adapter_names != ROUTED and (adapter_names is not None or not torch.compiler.is_compiling()):
+            self.base_model.route(adapter_names)
         return self._run(args, kwargs)
 
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> Any:
-        prompt = self.active_prompt
+        prompt = self.active_prompt if len(self.base_model.prompts) else None
         if prompt is not None:
             return prompts.forward(self, prompt, args, kwargs)
         return self.base_model(*args, **kwargs)
@@ -369,10 +371,10 @@ class PeftModel(shown.Shows):
             ValueError: no such folder or hub id, or the file does not fit the model; the sentence says how.
         """
         _refuse_offload(ephemeral_gpu_offload)
-        folder = hub.resolve(model_id, kwargs.get("subfolder"), **hub.arguments(kwargs))
-        config = config if config is not None else PeftConfig.read(folder)
         if config is not None and not isinstance(config, PeftConfig):
             raise ValueError(f"The input config must be a PeftConfig, got {type(config)}.")
+        folder = hub.resolve(model_id, kwargs.get("subfolder"), **hub.arguments(kwargs))
+        config = config if config is not None else PeftConfig.read(folder)
         config, tensors = _adopted(model, copy.deepcopy(config), folder, key_mapping, is_trainable)
         _own_members(config, folder)
         config.inference_mode = not is_trainable
@@ -505,6 +507,18 @@ class PeftModel(shown.Shows):
             if name == "base_model" or name.startswith("__"):
                 raise
             return getattr(self.base_model, name)
+
+
+ROUTED = "routed"
+"""What ``adapter_names`` says once the rows have been routed."""
+
+
+@torch.compiler.disable
+def _route(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Route a batch's rows before the forward: a compiled one would be bound to the names it was called with."""
+    names = kwargs.get("adapter_names")
+    model.base_model.route(names)
+    return args, kwargs if names is None else kwargs | {"adapter_names": ROUTED}
 
 
 def _adopted(

@@ -71,11 +71,12 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float | int) -> Iterator
     try:
         for layer in layers:
             for name in layer.each("scaling"):
-                layer._set_gain(name, layer.gains.get(name, 1.0) * multiplier)
+                layer.set_gain(name, layer.gains.get(name, 1.0) * multiplier)
         yield
     finally:
         for layer, gains in zip(layers, before, strict=True):
-            layer.gains = gains
+            for name in layer.each("scaling"):
+                layer.set_gain(name, gains.get(name, 1.0))
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ Factors = tuple[Tensor, Tensor]
 class Lora(Additive):
     """``y = base(x) + s B A drop(x)`` on linear and convolutional layers, through the layer kind's own factors."""
 
-    stacks = True
+    stacks, switches = True, True
     variants: ClassVar[dict[str, type[Lora]]] = VARIANTS
     """Config field -> the class that serves it; a variant announces itself with ``Lora.variant``."""
 

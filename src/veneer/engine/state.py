@@ -1,0 +1,203 @@
+"""The one switchboard that all wrappers of a model share: which adapters are on, how strongly, and for which rows.
+
+What a wrapper run eagerly reads are names and numbers. A compiled graph would be bound to them, and compiled anew at
+each switch; so the same facts stand here as tensors too, which are replaced whenever something is switched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BASE = "__base__"
+"""In a mixed batch: the name of rows that no adapter touches."""
+
+_HEARD = ("active", "enabled", "gains", "route")
+
+
+@dataclass
+class State:
+    """Which adapters are on, how strongly, and for which rows. One object per model."""
+
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+    gains: dict[str, Any] = field(default_factory=dict)
+    """How much of an adapter: a number, a tensor that broadcasts to a layer's output, or a dict path -> tensor."""
+    route: tuple[str, ...] | None = None
+    version: int = 0
+    """Counts the changes after which a wrapper must decide anew how to run."""
+    order: tuple[str, ...] = ()
+    """All adapters, as a compiled graph lays them around a layer: where it matters, in the order of ``active``."""
+    ordered: frozenset[str] = frozenset()
+    felt: dict[str, Any] = field(default_factory=dict)
+    """The gains that are no numbers."""
+    strengths: dict[str, Tensor] = field(default_factory=dict)
+    """device -> (wrappers, adapters in ``order``): how much of each adapter there is at each wrapper now."""
+    owners: dict[str, Tensor] = field(default_factory=dict)
+    """device -> (rows of ``route``, adapters in ``order``): 1 where a row is the adapter's own; else it is empty."""
+    _wrappers: int = 0
+    _local: dict[tuple[int, str], float] = field(default_factory=dict)
+    _rows: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict)
+    _masks: dict[Any, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.strengths = self.strengths or {"cpu": torch.zeros(0, 0)}
+        self._sent = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _HEARD or "_sent" not in self.__dict__:
+            object.__setattr__(self, name, value)
+        elif name == "gains" or self.__dict__[name] != value:
+            object.__setattr__(self, name, value)
+            self.changed()
+
+    def changed(self) -> None:
+        """Have every wrapper decide anew, and every compiled graph see what holds now."""
+        self.version += 1
+        self._masks = {}
+        self._tell()
+
+    # ---- what compiled graphs read ----------------------------------------------------------------------------------
+    def enter(self, device: torch.device) -> int:
+        """The number of a new wrapper: its row in ``strengths``."""
+        self.reach(device)
+        self._wrappers += 1
+        return self._wrappers - 1
+
+    def reach(self, device: torch.device) -> None:
+        """Have what compiled graphs read at hand where a wrapper computes."""
+        if str(device) not in self.strengths and device.type != "meta":
+            self.strengths[str(device)] = self.strengths["cpu"].to(device)
+        self.version += 1
+
+    def name(self, *names: str, ordered: Iterable[str] = ()) -> None:
+        """All adapters there are now; ``ordered`` are those that do not just add to the layer's output."""
+        self.order, self.ordered = names, frozenset(ordered)
+        self.changed()
+
+    def at(self, wrapper: int, name: str, gain: float) -> None:
+        """How much of an adapter there is at one wrapper, times what holds everywhere."""
+        if gain == self._local.get((wrapper, name), 1.0):
+            return
+        self._local[wrapper, name] = gain
+        self.version += 1
+        if name in self.order:
+            place, value = (wrapper, self.order.index(name)), gain * self._everywhere(name)
+            for device, before in self.strengths.items():
+                self.strengths[device] = before.clone()
+                self.strengths[device][place] = value
+
+    def _tell(self) -> None:
+        """Lay the facts down as new tensors: the old ones may be kept for a backward pass."""
+        active = [name for name in self.active if name in self.order]
+        order = list(self.order)
+        if self.ordered.intersection(active):
+            for place, name in zip(sorted(map(order.index, active)), active, strict=True):
+                order[place] = name
+            self.order = tuple(order)
+        self.felt = {name: gain for name, gain in self.gains.items() if not isinstance(gain, float | int)}
+        with torch.inference_mode(False):
+            strength = torch.tensor([self._everywhere(name) for name in order]).repeat(self._wrappers, 1)
+            local = [(w, order.index(name), gain) for (w, name), gain in self._local.items() if name in order]
+            if local:
+                wrappers, columns, gains = zip(*local, strict=True)
+                strength[wrappers, columns] *= torch.tensor(gains)
+            self.strengths = {device: strength.to(device) for device in self.strengths}
+            self.owners = {}
+            if self.route is not None:
+                own = torch.tensor([[float(owner == name) for name in order] for owner in self.route])
+                self.owners = {device: own.to(device) for device in self.strengths}
+
+    def _everywhere(self, name: str) -> float:
+        on = self.enabled and (self.route is not None or name in self.active)
+        gain = self.gains.get(name, 1.0)
+        return float(on) * (gain if isinstance(gain, float | int) else 1.0)
+
+    # ---- rows -------------------------------------------------------------------------------------------------------
+    def rows(self, batch: int, device: torch.device) -> dict[str, Tensor]:
+        """adapter -> its row numbers (int64) for a batch of this size; names repeat in place for beams.
+
+        Raises:
+            ValueError: the batch is no multiple of the number of names.
+        """
+        key = (batch, device)
+        if key not in self._rows:
+            assert self.route is not None
+            times = self.times(batch, len(self.route))
+            owner = [name for name in self.route for _ in range(times)]
+            self._rows[key] = {
+                name: torch.tensor([i for i, o in enumerate(owner) if o == name], device=device)
+                for name in dict.fromkeys(owner)
+            }
+        return self._rows[key]
+
+    @staticmethod
+    def times(batch: int, names: int) -> int:
+        """How many rows of a batch in turn belong to one name: beams of a row follow the row.
+
+        Raises:
+            ValueError: the batch is no multiple of the number of names.
+        """
+        times, rest = divmod(batch, names)
+        if rest or not times:
+            raise ValueError(
+                f"adapter_names has {names} entries, but a layer was called with a batch of {batch}; "
+                "give one name for each row of the batch."
+            )
+        return times
+
+    def mask(
+        self, batch: int, parts: tuple[tuple[str, int, float], ...], device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """(batch, total rank): a part's scaling where it is the row's own (in a mixed batch), else 0.
+
+        Args:
+            batch: number of rows; 1 without a route, where every part is every row's.
+            parts: (adapter, rank, scaling) of each stacked branch.
+            device: where the mask is needed.
+            dtype: in which dtype.
+        """
+        key = (batch, parts, device, dtype)
+        if key not in self._masks:
+            owners: list[str | None] = [None] * batch
+            if self.route is not None:
+                times = self.times(batch, len(self.route))
+                owners = [name for name in self.route for _ in range(times)]
+            rows = [[s * (owner in (None, name)) for name, r, s in parts for _ in range(r)] for owner in owners]
+            self._masks[key] = torch.tensor(rows, device=device, dtype=dtype)
+        return self._masks[key]
+
+    def send(self, names: Iterable[str] | None) -> None:
+        """Route the rows of the batches to come, or stop routing."""
+        names = None if names is None else tuple(names)
+        if names != self.route:
+            self._rows = {}
+            self.route = names
+
+    @contextlib.contextmanager
+    def only(self, name: str) -> Iterator[None]:
+        """Within an eager run: no routing, and just this adapter active."""
+        before = self.route, self.active
+        self._quietly(None, (name,))
+        try:
+            yield
+        finally:
+            self._quietly(*before)
+
+    def _quietly(self, route: tuple[str, ...] | None, active: tuple[str, ...]) -> None:
+        object.__setattr__(self, "route", route)
+        object.__setattr__(self, "active", active)
+        self.version += 1
+
+    def __deepcopy__(self, memo: dict) -> State:
+        twin = State(self.active, self.enabled, dict(self.gains), self.route, self.version, self.order, self.ordered)
+        twin._wrappers, twin._local = self._wrappers, dict(self._local)
+        twin.strengths = dict.fromkeys(self.strengths, torch.zeros(0, 0))
+        twin._tell()
+        memo[id(self)] = twin
+        return twin
