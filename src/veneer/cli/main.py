@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from veneer.cli import adapter, compare, configs, export, foreign, mix, run, start, talk
+from veneer.cli import adapter, compare, configs, export, foreign, judge, mix, run, start, talk
 
 app = typer.Typer(
     name="veneer",
@@ -28,6 +28,7 @@ app.command(context_settings=PASS_ON)(compare.compare)
 app.command(context_settings=PASS_ON)(mix.mix)
 app.command()(run.report)
 app.command()(talk.generate)
+app.command()(judge.judge)
 app.command()(talk.chat)
 app.command()(adapter.merge)
 app.command()(export.export)

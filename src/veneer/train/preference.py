@@ -225,7 +225,7 @@ class Reward(Preference):
 
         def total(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             chosen, rejected = rewards(model, batch).chunk(2)
-            return -torch.nn.functional.logsigmoid(chosen - rejected).sum(), batch["labels"].sum()
+            return -torch.nn.functional.logsigmoid(chosen - rejected).sum(), torch.tensor(len(batch["labels"]))
 
         return total
 
@@ -277,7 +277,7 @@ class Orpo(Preference):
         loss, found = orpo(answer_logprobs(model, batch), weight)
         for name, value in found.items():
             figures[name].append(value.item())
-        return loss, batch["labels"].sum()
+        return loss, torch.tensor(len(batch["labels"]))
 
     def trainer(self, prepared: Prepared, model: Any, arguments: dict[str, Any], optimiser: Any) -> Any:
         """Ours, with this loss."""

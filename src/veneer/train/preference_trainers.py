@@ -89,7 +89,8 @@ class PairCollate:
         self.pad = pad
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Tensor]:
-        """``input_ids``, ``attention_mask``, ``answer_mask``: (2 pairs, length); ``labels``: (pairs,) of ones."""
+        """``input_ids``, ``attention_mask``, ``answer_mask``: (2 pairs, length); ``labels``: (pairs, 2)."""
+        # The Trainer counts what a step learns by its labels, the first of each row left out: one a pair remains.
         sides = [(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids") for row in rows]
         length = max(len(asked) + len(answer) for asked, answer in sides)
 
@@ -100,7 +101,7 @@ class PairCollate:
             "input_ids": column([asked + answer for asked, answer in sides], self.pad),
             "attention_mask": column([[1] * (len(asked) + len(answer)) for asked, answer in sides], 0),
             "answer_mask": column([[0] * len(asked) + [1] * len(answer) for asked, answer in sides], 0),
-            "labels": torch.ones(len(rows), dtype=torch.long),
+            "labels": torch.ones(len(rows), 2, dtype=torch.long),
         }
 
     def tokens(self, batch: dict[str, Tensor]) -> int:
