@@ -34,6 +34,7 @@ _HOMES = {
         "prompt_embeddings_from_past_key_values",
     ],
     "veneer.hf.kappa": ["KappaTuneSelector", "find_kappa_target_modules"],
+    "veneer.train.flat": ["FlatAdamW"],
     "veneer.train.optim": [
         "create_lorafa_optimizer", "create_loraplus_optimizer", "create_lorapro_optimizer",
         "create_riemannian_optimizer",

@@ -311,6 +311,17 @@ def test_optimisers_for_lora_are_chosen_by_name(base, facts, tmp_path, name):
     assert got[name][4] != got["adamw_torch"][4]
 
 
+def test_the_flat_optimiser_and_the_chunked_loss_change_no_loss(base, facts, tmp_path):
+    got = []
+    for number, options in enumerate(([], ["--optimizer", "adamw_flat"], ["--train.chunked_loss", "false"])):
+        out = tmp_path / str(number)
+        settled = settings(base, facts, out, "--steps", "4", "--lr", "3e-3", "--train.weight_decay", "0.1", *options)
+        recipes.run(prepare(settled), quiet())
+        got.append(losses(out))
+    for other in got[1:]:
+        assert other == pytest.approx(got[0], rel=1e-4)
+
+
 def test_targets_that_match_nothing_are_refused_with_near_names(base, facts, tmp_path):
     prepared = prepare(settings(base, facts, tmp_path / "out", "--adapter.target_modules", "[qproj]"))
     with pytest.raises(ValueError, match="q_proj"):

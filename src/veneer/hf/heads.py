@@ -41,7 +41,9 @@ def whole(model: nn.Module) -> str | None:
     if hasattr(model, "_orig_mod"):
         return "the model is compiled"
     if type(head) is not nn.Linear:
-        return f"its head is a {type(head).__name__}" if head is not None else "it names no head"
+        if head is None:
+            return "it names no head"
+        return "its head is adapted" if getattr(head, "is_adapted", False) else f"its head is a {type(head).__name__}"
     weight, bias = head.weight, head.bias
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "its head trains"
@@ -98,7 +100,7 @@ def _handing(head: nn.Module, probe: Tensor) -> Iterator[list[Tensor]]:
 
     def forward(hidden: Tensor) -> Tensor:
         seen.append(hidden)
-        return probe
+        return probe.clone()
 
     head.forward = forward  # type: ignore[method-assign]
     try:

@@ -93,7 +93,9 @@ class Train(Section):
     learning_rate: Auto | Rate = "auto"
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial"] = "linear"
     warmup: float = Field(0.03, ge=0, description="Share of the steps (< 1) or a number of steps.")
-    optimizer: str = Field("adamw_torch", description="Any of the Trainer's, or loraplus, lorafa, riemannian, lorapro.")
+    optimizer: str = Field(
+        "adamw_torch", description="Any of the Trainer's, or adamw_flat, loraplus, lorafa, riemannian, lorapro."
+    )
     weight_decay: float = Field(0.0, ge=0)
     clip: float = Field(1.0, ge=0)
     gradient_checkpointing: bool = False

@@ -21,6 +21,7 @@ from torch.optim import AdamW, Optimizer
 
 from veneer.hf.state_dict import tuner_of
 from veneer.methods.lora import Lora
+from veneer.train.flat import FlatAdamW
 
 DAMPING = 1e-8
 
@@ -331,6 +332,7 @@ def create_lorapro_optimizer(
 
 
 OPTIMISERS: dict[str, Callable[..., Optimizer]] = {
+    "adamw_flat": lambda model, lr, **kw: FlatAdamW([p for p in model.parameters() if p.requires_grad], lr=lr, **kw),
     "loraplus": lambda model, lr, **kw: create_loraplus_optimizer(
         model, AdamW, lr=lr, loraplus_lr_ratio=kw.pop("ratio", 16.0), **kw
     ),

@@ -195,7 +195,8 @@ def _trainer(prepared: Prepared, model: Any, device: torch.device, console: Cons
         "disable_tqdm": True,
         "use_cpu": device.type == "cpu",
     }
-    optimiser = own(model, float(config.train.learning_rate)) if own else None
+    rate, decay = float(config.train.learning_rate), config.train.weight_decay
+    optimiser = own(model, rate, weight_decay=decay) if own else None
     trainer = prepared.task.trainer(prepared, model, arguments, optimiser)
     trainer.remove_callback(PrinterCallback)
     metrics = Metrics(Path(config.output.dir) / "metrics.jsonl", lambda: trainer.tokens_seen, device)

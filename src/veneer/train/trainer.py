@@ -17,6 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from veneer.hf import heads
 from veneer.train import adapters, packing
+from veneer.train.flat import FlatAdamW
 from veneer.train.tokens import IGNORED
 
 Losses = Callable[[nn.Module, dict[str, Tensor]], tuple[Tensor, Tensor]]
@@ -148,6 +149,12 @@ class AdapterCheckpoints:
         """The loss with the adapter's own penalty."""
         extra = adapters.penalty(self.adapted)
         return loss if extra is None else loss + extra / self.current_gradient_accumulation_steps
+
+    def _clip_grad_norm(self: Any, model: nn.Module) -> Any:
+        flat = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(flat, FlatAdamW) and self.args.world_size == 1:
+            return flat.clip_grad_norm_(self.args.max_grad_norm)  # one pass, where torch makes one a parameter
+        return super()._clip_grad_norm(model)  # type: ignore[misc]
 
     def _save(self: Any, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
