@@ -337,3 +337,27 @@ def test_a_tokenizer_of_another_model_is_refused(base, facts, tmp_path, tokenize
     other.save_pretrained(tmp_path / "tok")
     with pytest.raises(ValueError, match="do not belong together"):
         prepare(settings(base, facts, tmp_path / "out", "--model.tokenizer", str(tmp_path / "tok")))
+
+
+def test_tensorboard_finds_the_figures_beside_the_run(base, facts, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "named"
+    words = ["--steps", "4", "--eval.every", "2", "--report-to", "tensorboard"]
+    outcome = recipes.run(prepare(settings(base, facts, out, *words)), quiet())
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    assert {one.step: one.value for one in events.Scalars("train/loss")} == pytest.approx(losses(out), rel=1e-6)
+    assert outcome.loss_after == pytest.approx(min(one.value for one in events.Scalars("eval/loss")), rel=1e-6)
+
+
+def test_a_logger_that_is_not_installed_is_named_before_the_run(base, facts, tmp_path, monkeypatch):
+    import importlib.util
+
+    original = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if "trackio" in name else original(name, *a))
+    with pytest.raises(ImportError, match=r"log.report_to trackio needs the package trackio: pip install trackio"):
+        prepare(settings(base, facts, tmp_path, "--report-to", "trackio"))
+    with pytest.raises(config.ConfigError, match="did you mean tensorboard"):
+        settings(base, facts, tmp_path, "--report-to", "tensorbord")

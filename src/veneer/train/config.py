@@ -191,7 +191,12 @@ class Log(Section):
 
     every: int = Field(1, ge=1)
     progress: Literal["auto", "live", "plain", "off"] = "auto"
-    report_to: Files = Field(default_factory=list, description="tensorboard, trackio, wandb, mlflow.")
+    report_to: Annotated[
+        list[Literal["tensorboard", "trackio", "wandb", "mlflow"]],
+        BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
+    ] = Field(default_factory=list, description="Loggers besides metrics.jsonl.")
+    project: str = Field("veneer", description="What trackio, wandb and mlflow file the run under.")
+    name: str | None = Field(None, description="The run's name there; default: that of its folder.")
 
 
 class Output(Section):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers import set_seed
 
-from veneer.train import adapters, data, models, tasks
+from veneer.train import adapters, data, loggers, models, tasks
 from veneer.train.config import RunConfig
 from veneer.train.tasks import Material, Metric, Task
 from veneer.train.tokens import Tokenised
@@ -63,6 +63,7 @@ def prepare(config: RunConfig) -> Prepared:
     notices: list[str] = []
     task = tasks.find(config.task)
     score = score_of(config)
+    loggers.check(config.log.report_to)
     adapter = adapters.build(config.adapter, notices, task_type=task.adapter_type)
     if str(adapter.task_type) != task.adapter_type:
         raise ValueError(

@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
 from veneer.hf.routing import routes
-from veneer.train import adapters, document, html, models
+from veneer.train import adapters, document, html, loggers, models
 from veneer.train.callbacks import Adapters, Interrupt, Metrics, Progress, size
 from veneer.train.config import USED_BY, RunConfig
 from veneer.train.optim import OPTIMISERS
@@ -191,13 +191,14 @@ def _trainer(prepared: Prepared, model: Any, device: torch.device, console: Cons
         "dataloader_pin_memory": device.type == "cuda",
         "remove_unused_columns": False,
         "label_names": ["labels"],
-        "report_to": config.log.report_to or "none",
+        **loggers.arguments(config),
         "disable_tqdm": True,
         "use_cpu": device.type == "cpu",
     }
     rate, decay = float(config.train.learning_rate), config.train.weight_decay
     optimiser = own(model, rate, weight_decay=decay) if own else None
     trainer = prepared.task.trainer(prepared, model, arguments, optimiser)
+    loggers.place(trainer, Path(config.output.dir))
     trainer.remove_callback(PrinterCallback)
     metrics = Metrics(Path(config.output.dir) / "metrics.jsonl", lambda: trainer.tokens_seen, device)
     progress = Progress(console, config.log.progress, lambda: trainer.tokens_seen, device, prepared.score.name)
