@@ -153,10 +153,10 @@ Stranger.__module__ = "gptqmodel.nn_modules.qlinear"
 def test_a_layer_that_only_its_library_packs_is_read_by_running_it():
     w, _, x = weights()
     layer = Stranger(w)
-    assert quant.backend(layer).name == "gptq"
+    assert quant.backend(layer).name == "gptqmodel"
     tuner = adapted(layer, LoraConfig(r=8, use_dora=True, target_modules=["layer"]))
     y = tuner(x)
-    with pytest.raises(ValueError, match="cannot be packed into the gptq form"):
+    with pytest.raises(ValueError, match="cannot be packed into the gptqmodel form"):
         tuner.merge(quantized="requantize")
     assert torch.equal(tuner(x), y)
     with pytest.warns(UserWarning, match="made dense"):

@@ -159,3 +159,26 @@ def test_packed_again_it_stays_packed():
 def test_a_packed_model_counts_the_weights_it_stands_for():
     dense = get_peft_model(llama(**WIDE), LoraConfig(**CONFIG)).get_nb_trainable_parameters()
     assert get_peft_model(quantize_model(llama(**WIDE)), LoraConfig(**CONFIG)).get_nb_trainable_parameters() == dense
+
+
+@needs_bnb
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("model_dtype", "compute"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_a_merge_leaves_the_models_dtype_whatever_the_layers_computed_in(bits, model_dtype, compute, folder):
+    kind = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": getattr(torch, compute)}
+    settings = BitsAndBytesConfig(**(kind if bits == 4 else {"load_in_8bit": True}))
+    dtype = getattr(torch, model_dtype)
+    base = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=settings, dtype=dtype, device_map={"": "cpu"}
+    )
+    model = get_peft_model(base, LoraConfig(**CONFIG)).eval()
+    y = model(IDS).logits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_adapter()
+        assert torch.allclose(model(IDS).logits, y, atol=0.02)
+        model.unmerge_adapter()
+        merged = model.merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {dtype}
+    assert type(merged.model.layers[0].mlp.up_proj) is type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
+    assert torch.allclose(merged(IDS).logits, y, atol=0.02)

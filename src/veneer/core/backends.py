@@ -31,6 +31,7 @@ class Backend:
         stored: the tensor that tells where the weight is.
         released: called before the module's parameters are exchanged.
         plain: a float parameter may take the packed one's place in the same module.
+        casts: the layer computes in a dtype of its own and answers in that of its input.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Backend:
     stored: Callable[[Any], Tensor] = lambda module: module.weight
     released: Callable[[Any], None] | None = None
     plain: bool = False
+    casts: bool = False
 
     def compute_dtype(self, module: Any) -> torch.dtype:
         """The dtype the layer computes in, as far as it says."""
@@ -155,10 +157,10 @@ def _released_8bit(module: Any) -> None:
 
 
 BITSANDBYTES = (
-    Backend("bitsandbytes-4bit", _weight_is("Params4bit", "bitsandbytes"), _dense_4bit, _packed_4bit),
+    Backend("bitsandbytes-4bit", _weight_is("Params4bit", "bitsandbytes"), _dense_4bit, _packed_4bit, casts=True),
     Backend(
         "bitsandbytes-8bit", _weight_is("Int8Params", "bitsandbytes"), _dense_8bit, _packed_8bit,
-        released=_released_8bit,
+        released=_released_8bit, casts=True,
     ),
 )  # fmt: skip
 
@@ -238,8 +240,8 @@ BACKENDS: tuple[Backend, ...] = (
     *BITSANDBYTES,
     TORCHAO,
     Backend("hqq", _class_is("HQQLinear", has="W_q"), _dense_hqq, stored=_has("W_q")),
-    Backend("gptq", _quantised_by("gptqmodel", "qweight"), by_running, stored=_has("qweight")),
-    Backend("awq", _quantised_by("awq", "qweight"), by_running, stored=_has("qweight")),
+    Backend("gptqmodel", _quantised_by("gptqmodel", "qweight"), by_running, stored=_has("qweight"), casts=True),
+    Backend("awq", _quantised_by("awq", "qweight"), by_running, stored=_has("qweight"), casts=True),
     Backend("aqlm", _class_is("QuantizedLinear", has="codes"), by_running, stored=_has("codes")),
     Backend("eetq", _class_is("EetqLinear", "W8A16Linear", has="weight"), by_running),
     Backend("gguf", _class_is("GGUFLinear", "GgufLinear", has="weight"), by_running),

@@ -84,12 +84,21 @@ def released(module: nn.Module) -> None:
         row.released(module)
 
 
+class CastLinear(nn.Linear):
+    """Computes in its own dtype and answers in that of its input, as the packed layer did whose place it has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
 def dense_layer(module: Any, weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A plain layer with these tensors that can stand where a quantised ``module`` stands."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    row = backend(module)
+    kind = CastLinear if row is not None and row.casts else nn.Linear
+    layer = kind(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
-        layer.bias = nn.Parameter(bias, requires_grad=False)
+        layer.bias = nn.Parameter(bias.to(weight.dtype), requires_grad=False)
     return layer.train(module.training)
 
 

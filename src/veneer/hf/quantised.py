@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -101,11 +102,29 @@ def dequantized(model: Any, originals: Any = None) -> Any:
             continue
         layer = quant.dense_layer(module, weight, getattr(module, "bias", None))
         if not path:
-            return layer
+            return _plain(layer, None)
         model.set_submodule(path, layer)
+    _settle(model)
     for mark in MARKS:
         model.__dict__.pop(mark, None)
     config = getattr(model, "config", None)
     if config is not None and getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     return model
+
+
+def _settle(model: Any) -> None:
+    """Put layers that compute in a dtype of their own into the model's, as ordinary layers have it."""
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    lead = next((p.dtype for p in (table or model).parameters() if p.is_floating_point()), None)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, quant.CastLinear):
+            model.set_submodule(path, _plain(module, lead))
+
+
+def _plain(layer: nn.Linear, dtype: torch.dtype | None) -> nn.Linear:
+    if not isinstance(layer, quant.CastLinear):
+        return layer
+    plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    plain.weight, plain.bias = layer.weight, layer.bias
+    return plain.to(dtype).train(layer.training)
