@@ -129,7 +129,7 @@ def test_a_step_holds_whole_groups_or_is_refused(base, tmp_path):
 
 
 def test_a_run_without_a_reward_or_with_a_wrong_one_is_refused(base, tmp_path):
-    with pytest.raises(ValueError, match="task: grpo needs rl.rewards"):
+    with pytest.raises(ValueError, match=r"task: grpo needs rl.rewards"):
         prepared("grpo", base, tmp_path)
     with pytest.raises(ValueError, match="no reward 'exac'; did you mean exact"):
         prepared("grpo", base, tmp_path, "--rl.rewards", "[exac]")

@@ -284,6 +284,8 @@ def load(
                 row = _rename(raw, columns or {}, where)
                 kind = format if format != "auto" else detect(row, where, among)
                 result.format = result.format or kind
+                if not {kind, result.format} <= {*ANSWERED, "text"}:  # only these may be mixed
+                    kind = result.format
                 _require(row, kind, where)
                 result.rows.append(Example(where=where, **FORMATS[kind].convert(row)))
             except (RowError, json.JSONDecodeError) as error:

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.train import data
+from veneer.train import data, preference_rows
 from veneer.train.data import Example
 
 SHOWN = 5
@@ -74,7 +74,9 @@ def check(
         diagnosis.findings.append(Finding("rows cannot be used", broken, "Mend them, or set data.bad_rows: skip."))
     if labels := _labels(found.rows):
         facts.append(("classes", _shares(Counter(label for _, label in labels))))
+    facts += preference_rows.facts(found.format, found.rows)
     for finding in (
+        *(Finding(*fault) for fault in preference_rows.faults(found.format, found.rows)),
         *_turns(found.rows),
         *_repeats(found.rows),
         *_leaks(found.rows, other.rows),
@@ -196,6 +198,17 @@ def _spans(rows: list[Example]) -> list[Finding]:
 
 
 def _lengths(diagnosis: Diagnosis, found: data.Examples, tokenizer: Any, max_length: int) -> None:
+    if found.format in ("preference", "kto", "prompts"):
+        from veneer.train import preference_tokens  # as below
+
+        asked, whole = preference_tokens.lengths(found.format, found.rows, tokenizer)
+        where = [example.where for example in found.rows]
+        _long(diagnosis, where, whole, max_length)
+        full = [row for row, count in zip(where, asked, strict=True) if count >= max_length]
+        if full:
+            remedy = "Nothing of their answers is left; shorten them, or raise data.max_length."
+            diagnosis.findings.append(Finding(f"prompts alone fill {max_length} tokens", full, remedy))
+        return
     if found.format not in (*data.ANSWERED, "text"):
         encoded = tokenizer([str(e.text or e.prompt) for e in found.rows], verbose=False)["input_ids"]
         _long(diagnosis, [e.where for e in found.rows], [len(ids) for ids in encoded], max_length)

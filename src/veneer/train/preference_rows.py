@@ -7,8 +7,7 @@ as two whole texts or conversations that begin alike. Each part is a text, or tu
 from __future__ import annotations
 
 import statistics
-from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from veneer.train.rows import Row, RowError
 
@@ -111,10 +110,6 @@ def faults(kind: str, rows: list[Example]) -> list[tuple[str, list[str], str]]:
         found.append(("rows prefer what another row rejects", torn, "Keep the verdict you trust."))
     if kind == "kto" and (only := one_class(rows)):
         found.append((f"rows, and all of them are {only}", [e.where for e in rows], NEEDS_BOTH))
-    if kind in ("kto", "prompts"):
-        times = Counter(_said(e) for e in rows)
-        again = [e.where for e in rows if times[_said(e)] > 1]
-        found.append(("rows are there more than once", again, "Remove the repetitions, unless they are meant."))
     return [one for one in found if one[1]]
 
 
@@ -125,8 +120,3 @@ def one_class(rows: list[Example]) -> str | None:
     """``good`` or ``bad`` where all labels are the same."""
     labels = {bool(e.extra["label"]) for e in rows}
     return None if len(labels) != 1 else "good" if labels.pop() else "bad"
-
-
-def _said(example: Example) -> tuple[str, ...]:
-    extra: dict[str, Any] = example.extra
-    return tuple(_bare(extra[key]) for key in ("prompt", "completion") if isinstance(extra.get(key), str | list))

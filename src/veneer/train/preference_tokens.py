@@ -56,6 +56,23 @@ def _is_said(value: Any) -> bool:
     return isinstance(value, str) or (isinstance(value, list) and bool(value) and isinstance(value[0], dict))
 
 
+def lengths(kind: str, examples: list[Example], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Tokens of each row's prompt, and of its prompt with its longest answer, for ``data check``.
+
+    Raises:
+        ValueError: a conversation that the template refuses, by file and row; or there is no template.
+    """
+    made = renderer(tokenizer, examples, "auto", None)
+    if kind == "prompts":
+        asked = [len(row["prompt_ids"]) for row in prompts(examples, made, 2**31).rows]
+        return asked, asked
+    names = ("chosen", "rejected") if kind == "preference" else ("completion",)
+    sides = [_split([answered(e.where, e.extra["prompt"], e.extra[name]) for e in examples], made) for name in names]
+    asked = [len(prompt) for prompt, _ in sides[0]]
+    longest = [max(len(side[i][1]) for side in sides) for i in range(len(examples))]
+    return asked, [a + b for a, b in zip(asked, longest, strict=True)]
+
+
 def answered(where: str, prompt: Said, answer: Said) -> Example:
     """A prompt with one answer, as the renderer takes it."""
     asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt

@@ -98,6 +98,8 @@ def length(
             return size / least
         return 1.0 if most is None or size <= most else max(0.0, 2 - size / max(most, 1))
 
+    if not least and most is None:
+        raise ValueError("The reward 'length' needs the option 'least' or 'most'; without them all answers are alike.")
     if unit not in ("words", "characters"):
         raise ValueError(f"The reward 'length' counts words or characters, not {unit}.")
     return [worth(len(text.split()) if unit == "words" else len(text)) for text in completions]

@@ -73,7 +73,9 @@ OWN = {
     "dpo": "preference:\n  beta: 0.1                # how near to the reference the model stays\n",
     "kto": "preference:\n  beta: 0.1                # how near to the reference the model stays\n",
     "grpo": "rl:\n  generations: 8           # answers to each prompt, compared with each other\n"
-    "  max_new_tokens: 256\n  rewards: [{use: length}] # what an answer is worth: put your own file.py:function here\n",
+    "  max_new_tokens: 256      # tokens of an answer at most\n"
+    "  rewards:                 # what an answer is worth: exact, number, regex, length, json, judge, model,\n"
+    "    - {reward}  # or your own, file.py:function; each may have a weight\n",
 }
 METRICS = {
     "sequence-classification": "accuracy, f1 or loss",
@@ -107,7 +109,7 @@ def write(model: str, files: list[str], out: str, name: str) -> str:
         columns=f"\n  columns: {{{mapping}}}" if columns else "",
         length=256 if short else 1024,
         loss=f"\n  loss_on: auto            # {loss}" if answers and task == "sft" else "",
-        own=OWN.get(task, ""),
+        own=OWN.get(task, "").replace("{reward}", _reward(files) if task == "grpo" else ""),
         batch=batch,
         accumulate=accumulate,
         batches=f"{accumulate} batch{'es' * (accumulate > 1)} of {batch} rows make one step",
@@ -132,6 +134,13 @@ def _first(files: list[str]) -> dict[str, Any]:
     path, _ = next(rows.expand(files))
     row = next(iter(rows.read(path)), None)
     return row if isinstance(row, dict) else {}
+
+
+def _reward(files: list[str]) -> str:
+    """A first reward: the right answer where the data have one, else a length to stay within."""
+    columns = _first(files).keys()
+    right = next((name for name in ("answer", "completion", "solution", "target") if name in columns), None)
+    return f"{{use: exact, options: {{column: {right}}}}}" if right else "{use: length, options: {most: 100}}"
 
 
 def _translates(model: str) -> bool:
