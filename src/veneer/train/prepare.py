@@ -161,7 +161,8 @@ def _batches(prepared: Prepared) -> list[dict[str, Tensor]]:
     """Training batches in an order of the seed's, for starts that read data; at most 256 of them."""
     rows, size = list(prepared.train.rows), prepared.config.train.batch_size
     random.Random(prepared.config.train.seed).shuffle(rows)
-    return [prepared.collate(rows[i : i + size]) for i in range(0, min(len(rows), 256 * size), size)]
+    collate = prepared.task.starting(prepared)
+    return [collate(rows[i : i + size]) for i in range(0, min(len(rows), 256 * size), size)]
 
 
 def counts(model: Any) -> tuple[int, int]:

@@ -140,6 +140,10 @@ class Task(ABC):
         """Likewise, for a run that is over."""
         return models.load_model(config.model, dtype, self.auto, base, HEADS.get(self.adapter_type, ()))
 
+    def starting(self, prepared: Prepared) -> Any:
+        """What makes batches for a start that reads data: the model is called with them."""
+        return prepared.collate
+
     def skeleton(self, prepared: Prepared, dtype: Any) -> Any:
         """The base without its weights, on the meta device."""
         heads = HEADS.get(self.adapter_type, ())
