@@ -56,6 +56,29 @@ HOMES = {
     "veneer.hf.faces": [
         "AuxiliaryTrainingWrapper", "BaseTunerLayer", "LoraLayer", "ModulesToSaveWrapper", "TrainableTokensWrapper",
     ],
+    "veneer.hf.hotswap": [
+        "CONFIG_KEYS_TO_CHECK=KEYS_TO_CHECK", "check_hotswap_configs_compatible", "hotswap_adapter",
+        "hotswap_adapter_from_state_dict", "prepare_model_for_compiled_hotswap",
+    ],
+    "veneer.hf.incremental_pca": ["IncrementalPCA"],
+    "veneer.hf.peer_internals": [
+        "BufferDict", "DoraCaching", "MontecloraTrainerMixin", "check_adapters_to_merge",
+        "check_deepspeed_zero3_enabled", "clone_module", "dequantize_module_weight", "factorization", "find_parameter_name_by_module",
+        "gather_params_ctx", "get_device_map", "get_layer_device_map", "get_pattern_key", "get_quantization_config",
+        "id_tensor_storage", "init_empty_weights", "inspect_matched_modules", "make_kron",
+        "map_cache_to_layer_device_map", "match_target_against_key", "skip_init_on_device", "str_to_bool", "torch_load",
+        "bloom_model_postprocess_past_key_value=postprocess_past_key_value",
+        "starcoder_model_postprocess_past_key_value=postprocess_past_key_value",
+        "_find_minimal_target_modules=find_minimal_target_modules", "_get_batch_size=get_batch_size",
+        "_get_in_out_features=get_in_out_features", "_get_input_embeddings_name=get_input_embeddings_name",
+        "_get_no_split_modules=get_no_split_modules",
+        "_get_submodules_with_grandparent=get_submodules_with_grandparent", "_is_valid_match=is_valid_match",
+        "_maybe_include_all_linear_layers=include_all_linear_layers",
+    ],
+    "veneer.hf.peer_merge": [
+        "calculate_majority_sign_mask", "dare_linear", "dare_ties", "disjoint_merge", "magnitude_based_pruning",
+        "magnitude_prune", "prune", "random_pruning", "reshape_weight_task_tensors", "task_arithmetic", "ties",
+    ],
     "veneer.hf.mixed": ["PeftMixedModel", "_check_config_compatible=refuse_layerless"],
     "veneer.hf.peer": [
         "build_peft_weight_mapping", "cast_adapter_dtype", "cast_mixed_precision_params", "check_if_peft_model",

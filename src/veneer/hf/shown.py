@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from veneer.core import registry
 
@@ -96,7 +96,7 @@ class ShownTensors(nn.Module):
 class Holder(nn.Module):
     """A module made for a walk: its children are other modules' own."""
 
-    def __init__(self, modules: Mapping[str, nn.Module] = {}, parameters: Mapping[str, Any] = {}):  # noqa: B006
+    def __init__(self, modules: Mapping[str, nn.Module] = {}, parameters: Mapping[str, Any] = {}):
         super().__init__()
         object.__setattr__(self, "_modules", modules)
         object.__setattr__(self, "_parameters", parameters)

@@ -117,7 +117,7 @@ class Lora(Additive):
         return self.branch(x, self.lora_dropout.p if self.training else 0.0)
 
     def low_rank(self) -> LowRank | None:
-        if type(self) is not Lora or self.site.kernel:
+        if type(self) is not Lora or self.site.kernel or isinstance(self.scaling, Tensor):
             return None
         down, up = self._modules["lora_A"]._parameters, self._modules["lora_B"]._parameters
         dropout = self.lora_dropout.p if self.training else 0.0

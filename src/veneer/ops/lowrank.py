@@ -57,7 +57,7 @@ def lowrank(
     if dropout:
         x = F.dropout(x, dropout)
     y = F.linear(F.linear(x, a), b, bias)
-    return y if scaling == 1 else y * scaling
+    return y if isinstance(scaling, float | int) and scaling == 1 else y * scaling
 
 
 def joined(branches: list[LowRank]) -> LowRank:

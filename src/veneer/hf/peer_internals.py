@@ -1,0 +1,350 @@
+"""Functions inside ``peft`` that programs nevertheless import: names and patterns, empty weights, dequantising."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from veneer.core import quant
+from veneer.core.patterns import fullmatch
+from veneer.engine.adapted import Adapted
+from veneer.engine.targets import ALL_LINEAR, find
+from veneer.hf.layer_face import PeftLayer
+from veneer.hf.shown import ShownTensors
+from veneer.hf.tuner import PeftTuner, names_of
+from veneer.methods.lokr import split
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+def get_pattern_key(pattern_keys: Sequence[str], key_to_match: str) -> str:
+    """The first of the patterns that means the end of this path at a dot, or the whole of it; else the path itself."""
+    return next((key for key in pattern_keys if re.match(rf"(.*\.)?({key})$", key_to_match)), key_to_match)
+
+
+def match_target_against_key(target_pattern: str, key: str) -> re.Match | None:
+    """Whether a ``target_modules`` expression means the whole of this path."""
+    return re.fullmatch(target_pattern, key)
+
+
+def is_valid_match(key: str, target_key: str) -> bool:
+    """Whether ``target_key`` is this path or its end at a dot."""
+    return key == target_key or key.endswith("." + target_key)
+
+
+def find_minimal_target_modules(
+    target_modules: list[str] | set[str], other_module_names: list[str] | set[str]
+) -> set[str]:
+    """The shortest endings that mean these paths and none of the others.
+
+    Raises:
+        ValueError: no list, an empty name, or a path that is in both.
+    """
+    if not isinstance(target_modules, list | set) or not target_modules:
+        raise ValueError("target_modules should be a list or set of strings.")
+    if "" in target_modules:
+        raise ValueError("target_modules should not contain an empty string.")
+    wanted, others = set(target_modules), set(other_module_names)
+    if wanted & others:
+        raise ValueError("target_modules and other_module_names contain common elements, this should not happen.")
+
+    def endings(path: str) -> list[str]:
+        parts = path.split(".")
+        return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+
+    barred = {end for path in others for end in endings(path)}
+    needed = {next((end for end in endings(path) if end not in barred), path) for path in wanted}
+    return {end for end in needed if not any(is_valid_match(end, other) for other in needed - {end})}
+
+
+def include_all_linear_layers(peft_config: Any, model: nn.Module) -> Any:
+    """The config with the names that ``target_modules="all-linear"`` stands for in this model.
+
+    Raises:
+        ValueError: another model than one of transformers, whose output layer could not be told.
+    """
+    words = getattr(peft_config, "target_modules", None)
+    if not isinstance(words, str) or words.lower() != ALL_LINEAR:
+        return peft_config
+    if not hasattr(model, "get_output_embeddings"):
+        raise ValueError(
+            f"Only instances of PreTrainedModel support `target_modules='all-linear'`, not {type(model).__name__}: "
+            "which layer is its output cannot be told."
+        )
+    paths = [target.path for target in find(model, peft_config)]
+    peft_config.target_modules = names_of(model, paths)
+    return peft_config
+
+
+def inspect_matched_modules(tuner: PeftTuner, adapter_name: str = "default") -> dict[str, list[str]]:
+    """{"matched": paths that ``target_modules`` of an adapter means, "unmatched": the model's other paths}."""
+    words = tuner.configs[adapter_name].target_modules
+    paths = [path for path, _ in tuner.model.named_modules() if path]
+
+    def means(path: str) -> bool:
+        if isinstance(words, str):
+            return fullmatch(words, path)
+        return any(is_valid_match(path, word) for word in words or ())
+
+    return {
+        "matched": [path for path in paths if means(path)],
+        "unmatched": [path for path in paths if not means(path)],
+    }
+
+
+def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
+    """The path of a module, or an empty string."""
+    return next((name for name, module in model.named_modules() if module is reference_module), "")
+
+
+def get_submodules_with_grandparent(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, nn.Module, str]:
+    """(parent, grandparent, module, the module's name in its parent) of the module at ``key``."""
+    parent, _, leaf = key.rpartition(".")
+    above = parent.rpartition(".")[0]
+    return model.get_submodule(parent), model.get_submodule(above), model.get_submodule(key), leaf
+
+
+def get_input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
+    """The last part of the path of a model's input embedding, or ``default``."""
+    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return next((path.rpartition(".")[2] for path, module in model.named_modules() if module is table), default)
+
+
+def get_no_split_modules(model: nn.Module) -> set[str]:
+    """The names of the classes that must not be split between devices."""
+    return {name for module in model.modules() for name in getattr(module, "_no_split_modules", None) or ()}
+
+
+def get_in_out_features(module: nn.Module) -> tuple[int | None, int | None]:
+    """(in_features, out_features) of a layer; (None, None) where it has none."""
+    for a, b in (("in_features", "out_features"), ("num_embeddings", "embedding_dim"), ("in_channels", "out_channels")):
+        if hasattr(module, a) and hasattr(module, b):
+            return getattr(module, a), getattr(module, b)
+    weight = getattr(module, "weight", None)
+    if type(module).__name__ == "Conv1D" and isinstance(weight, Tensor):
+        return tuple(weight.shape)  # type: ignore[return-value]
+    return None, None
+
+
+def check_adapters_to_merge(module: PeftLayer, adapter_names: list[str] | None = None) -> list[str]:
+    """Of these adapters (default: the active ones), those that are not merged into this layer yet.
+
+    Raises:
+        ValueError: a str.
+    """
+    if isinstance(adapter_names, str):
+        raise ValueError(f"adapter_names should be a list of strings, got {adapter_names!r}.")
+    wanted = module.active_adapters if adapter_names is None else adapter_names
+    return [name for name in wanted if name not in module.merged_adapters]
+
+
+# ---- small things ---------------------------------------------------------------------------------------------------
+def str_to_bool(value: str) -> int:
+    """1 for yes, true, t, y, on, 1; 0 for no, false, f, n, off, 0.
+
+    Raises:
+        ValueError: another word.
+    """
+    word = value.lower()
+    if word in ("y", "yes", "t", "true", "on", "1"):
+        return 1
+    if word in ("n", "no", "f", "false", "off", "0"):
+        return 0
+    raise ValueError(f"invalid truth value {value}")
+
+
+def get_batch_size(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    """The number of rows of whichever is given.
+
+    Raises:
+        ValueError: neither is.
+    """
+    given = input_ids if input_ids is not None else inputs_embeds
+    if given is None:
+        raise ValueError("You have to provide either input_ids or inputs_embeds")
+    return given.shape[0]
+
+
+def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """What is equal for two tensors of the same memory: device, address, size in bytes."""
+    storage = tensor.untyped_storage()
+    return tensor.device, storage.data_ptr(), storage.nbytes()
+
+
+def torch_load(*args: Any, weights_only: bool = True, **kwargs: Any) -> Any:
+    """``torch.load`` of plain tensors."""
+    return torch.load(*args, weights_only=weights_only, **kwargs)
+
+
+def postprocess_past_key_value(past_key_values: Any) -> Any:
+    """A cache of keys and values is every model family's here: it is given back as it is."""
+    return past_key_values
+
+
+def clone_module(module: nn.Module, share_weights: bool = False) -> nn.Module:
+    """A copy of a module, on request with the very same parameters."""
+    twin = copy.deepcopy(module)
+    if share_weights:
+        for path, source in module.named_modules():
+            twin.get_submodule(path)._parameters.update(source._parameters)
+    return twin
+
+
+def get_device_map(model: nn.Module) -> dict[str, Any] | None:
+    """Where accelerate has put the parts of a model."""
+    return getattr(model, "hf_device_map", None)
+
+
+def get_quantization_config(model: nn.Module, method: str) -> Any:
+    """The model's quantisation settings, if they are this method's."""
+    found = getattr(getattr(model, "config", None), "quantization_config", None)
+    return found if getattr(model, "quantization_method", None) == method else None
+
+
+class BufferDict(ShownTensors):
+    """Tensors by name that are moved with the module and are no parameters."""
+
+    def __init__(self, buffers: Mapping[str, Tensor] | None = None, persistent: bool = False):
+        super().__init__({}, "_buffers")
+        self.persistent = persistent
+        self.update(buffers or {})
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value, persistent=self.persistent)
+
+    def __delitem__(self, name: str) -> None:
+        del self._buffers[name]
+
+    def pop(self, name: str) -> Tensor:
+        """Take one out."""
+        value = self[name]
+        del self[name]
+        return value
+
+    def clear(self) -> None:
+        """Take all out."""
+        self._buffers.clear()
+
+    def update(self, buffers: Mapping[str, Tensor] | Sequence[tuple[str, Tensor]]) -> None:
+        """Put several in."""
+        for name, value in dict(buffers).items():
+            self[name] = value
+
+
+# ---- empty weights, packed weights ----------------------------------------------------------------------------------
+@contextlib.contextmanager
+def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
+    """Within: modules are made with parameters (and, if asked, buffers) on the meta device."""
+    from accelerate import init_empty_weights as empty
+
+    with empty(include_buffers=bool(include_buffers)):
+        yield
+
+
+def skip_init_on_device(func: Callable) -> Callable:
+    """Decorate a function so that what it makes is real, also within ``init_empty_weights``."""
+
+    @functools.wraps(func)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        before = nn.Module.register_parameter, nn.Module.register_buffer
+        nn.Module.register_parameter, nn.Module.register_buffer = _REGISTER  # type: ignore[method-assign]
+        try:
+            return func(*args, **kwargs)
+        finally:
+            nn.Module.register_parameter, nn.Module.register_buffer = before  # type: ignore[method-assign]
+
+    return run
+
+
+_REGISTER = nn.Module.register_parameter, nn.Module.register_buffer
+
+
+def check_deepspeed_zero3_enabled() -> bool:
+    """Whether transformers was set up for DeepSpeed's ZeRO-3 in this process."""
+    from transformers.integrations import is_deepspeed_zero3_enabled
+
+    return is_deepspeed_zero3_enabled()
+
+
+@contextlib.contextmanager
+def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.Module | None = None) -> Iterator[None]:
+    """Within: parameters that ZeRO-3 has taken apart are whole."""
+    if not check_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module):
+        yield
+
+
+def dequantize_module_weight(module: nn.Module) -> Any:
+    """A layer's weight, unpacked where it is packed."""
+    inner = module.get_base_layer() if isinstance(module, Adapted) else module
+    return quant.dense(inner, inner.weight) if quant.backend(inner) is not None else inner.weight
+
+
+def get_layer_device_map(model: nn.Module) -> dict[int, Any] | None:
+    """Number of a hidden layer -> its device, where accelerate has spread the model."""
+    spread = getattr(model, "hf_device_map", None)
+    if not spread or set(spread) == {""}:
+        return None
+    found = {}
+    for path, device in spread.items():
+        number = next((int(part) for part in path.split(".") if part.isdecimal()), None)
+        if number is not None:
+            found[number] = device
+    return found
+
+
+def map_cache_to_layer_device_map(model: nn.Module, cache: Any) -> None:
+    """Move each layer's keys and values to where the layer is."""
+    places = get_layer_device_map(model)
+    for number, layer in enumerate(getattr(cache, "layers", ())) if places else ():
+        layer.keys, layer.values = layer.keys.to(places[number]), layer.values.to(places[number])  # type: ignore[index]
+
+
+# ---- methods --------------------------------------------------------------------------------------------------------
+def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
+    """LoKr's two factors of a dimension, the smaller first."""
+    a, b = split(dimension, factor)
+    return min(a, b), max(a, b)
+
+
+def make_kron(w1: Tensor, w2: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale w1 (x) w2``; a kernel's dimensions are the second's own."""
+    w1 = w1[(..., *[None] * (w2.dim() - w1.dim()))]
+    return torch.kron(w1, w2.contiguous()) * scale
+
+
+class DoraCaching:
+    """Within: nothing changes. DoRA's norm is kept here as long as the weights stay, in evaluation and out of it."""
+
+    def __init__(self, enabled: bool = True):
+        self.enabled = enabled
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *error: Any) -> None:
+        return None
+
+
+class MontecloraTrainerMixin:
+    """For a Trainer: adds the penalties that adapters state (MonteCLoRA's divergence among them) to the loss."""
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        """The Trainer's loss plus the penalties of the model's adapters for this forward."""
+        found = super().compute_loss(model, inputs, return_outputs=True, **kwargs)  # type: ignore[misc]
+        loss, outputs = found
+        terms = [t for m in model.modules() if isinstance(m, Adapted) for a in m.adapters.values()
+                 if (t := a.penalty()) is not None]  # fmt: skip
+        loss = loss + sum(terms) if terms else loss
+        return (loss, outputs) if return_outputs else loss
+
