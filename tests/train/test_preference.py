@@ -91,7 +91,7 @@ INIT = "--adapter.init_lora_weights"
 
 @pytest.mark.parametrize(
     ("words", "quantised"),
-    [((), "none"), ((INIT, "pissa"), "none"), ((INIT, "olora"), "none"), (("--adapter.method", "oft"), "none"),
+    [((), "none"), ((INIT, "pissa"), "none"), ((INIT, "lora_ga"), "none"), (("--adapter.method", "oft"), "none"),
      ((), "nf4")],
 )  # fmt: skip
 def test_the_reference_is_the_untouched_base_and_no_second_model_is_loaded(

@@ -47,6 +47,15 @@ pre.settings { background: var(--panel); border-radius: 8px; padding: 14px; over
 details summary { cursor: pointer; color: var(--soft); }
 """
 
+LEARNT = [
+    ("Reward", "reward"),
+    ("Margin of the rewards", "rewards/margins"),
+    ("Pairs the right way round", "rewards/accuracies"),
+    ("Margin of the rewards", "margin"),
+    ("Pairs the right way round", "accuracy"),
+]
+"""Figures that some tasks have of the training rows as well as of the held-out ones."""
+
 
 def write(folder: str | Path) -> Path:
     """Make ``report.html`` from what a run has written so far.
@@ -125,7 +134,14 @@ def _curves(lines: list[dict[str, Any]], report: dict[str, Any]) -> str:
     ]
     learnt = {"sft": " per learnt token", "seq2seq": " per target token"}.get(report.get("task", "sft"), "")
     figures = [(f"Loss{learnt}", line_chart(series, "step", "loss"))]
-    scored = [name for name in first if name != "loss" and points(f"eval_{name}")]
+    both = [(title, name) for title, name in LEARNT if points(name)]
+    for title, name in both:
+        held = [(0, first[name])] if name in first else []
+        drawn_both = [Series("each step", points(name), faint=True), Series("training", smooth(points(name)))]
+        drawn_both += [Series("held out", [*held, *points(f"eval_{name}")], colour=2, dots=True)]
+        figures.append((title, line_chart([one for one in drawn_both if one.points], "step", title)))
+    left = {"loss", *(name for _, name in both)}
+    scored = [name for name in first if name not in left and points(f"eval_{name}")]
     drawn_scores = [
         Series(name, [(0, first[name]), *points(f"eval_{name}")], colour=colour, dots=True)
         for colour, name in enumerate(scored[:4], 1)

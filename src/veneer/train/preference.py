@@ -19,7 +19,7 @@ from veneer.train.policy import as_now, bare, measured
 from veneer.train.preference_trainers import OrpoTrainer, PairCollate, answer_logprobs, orpo
 from veneer.train.sft import Sft, fits
 from veneer.train.tasks import LOSS, Features, Material, Metric, asked, asked_of, batch_size, largest
-from veneer.train.trainer import Losses
+from veneer.train.trainer import Collate, Losses
 
 if TYPE_CHECKING:
     from veneer.train.prepare import Prepared
@@ -88,6 +88,10 @@ class Preference(Sft):
         wanted = [*(metric.name for metric in self.metrics), "rewards/chosen", "rewards/rejected"]
         return {name: found[name] for name in wanted if name in found}
 
+    def starting(self, prepared: Prepared) -> Any:
+        """The chosen answers, as SFT has them."""
+        return Collate(prepared.collate.pad)
+
     def inputs(self, prepared: Prepared, model: Any) -> dict[str, Any]:
         """Both answers of each pair of the largest batch."""
         rows, length = largest(prepared)
@@ -148,6 +152,11 @@ class Kto(Preference):
         """Refuses rows of one kind only."""
         if only := preference_rows.one_class(material.rows):
             raise ValueError(f"All {len(material.rows)} rows are {only}. {preference_rows.NEEDS_BOTH}")
+        only = preference_rows.one_class(material.held)
+        if only and material.config.eval.metric == "rewards/margins":
+            raise ValueError(
+                f"All {len(material.held)} held-out rows are {only}, so they have no margin; hold out more."
+            )
         return super().features(material)
 
     def rows(self, material: Material, rows: list[Any], renderer: Any) -> tokens.Compared:

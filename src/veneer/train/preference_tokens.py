@@ -19,11 +19,19 @@ COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids", "completion_ids", "KL_com
 
 @dataclass
 class Compared(Tokenised):
-    """Tokenised rows whose answers are several."""
+    """Tokenised rows whose answers are several.
+
+    Attributes:
+        times: answers that the model itself writes to each prompt.
+        room: their tokens at most.
+    """
+
+    times: int = 1
+    room: int = 0
 
     @property
     def tokens(self) -> int:
-        return sum(size(row) for row in self.rows)
+        return self.times * sum(size(row) + self.room for row in self.rows)
 
     @property
     def learnt(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from veneer.train.policy import Policy, Reference, as_now, bare, measured, trl
 from veneer.train.preference import notices
 from veneer.train.sft import Sft, fits
 from veneer.train.tasks import Features, Material, Metric, asked, asked_of, largest
-from veneer.train.trainer import Collate, Losses
+from veneer.train.trainer import Collate
 
 if TYPE_CHECKING:
     from veneer.train.prepare import Prepared
@@ -75,6 +76,7 @@ class Grpo(Sft):
         rows = [_asking(example) for example in material.rows]
         renderer = tokens.renderer(material.tokenizer, rows, options.template, options.system)
         train = tokens.prompts(rows, renderer, options.max_length)
+        train.times, train.room = rl.generations, rl.max_new_tokens
         renderer.counts = type(renderer.counts)()
         held = tokens.prompts([_asking(example) for example in material.held], renderer, options.max_length)
         material.notices += [line for line in notices(train, options.max_length) if "end token" not in line]
@@ -156,22 +158,22 @@ class Grpo(Sft):
         shape = prepared.config.train.batch_size, length + prepared.config.rl.max_new_tokens
         return {key: torch.ones(*shape, dtype=torch.long) for key in ("input_ids", "attention_mask")}
 
-    def losses(self, prepared: Prepared, model: Any) -> Losses:
-        """For a probe step, which wants the cost and not the value."""
+    def step(self, prepared: Prepared, model: Any) -> tuple[Callable[[], Tensor], int]:
+        """Answers of full length to the longest prompts, written and learnt from."""
+        rl, size = prepared.config.rl, prepared.config.train.batch_size
+        rows = sorted(prepared.feed, key=lambda row: -len(row["input_ids"]))
+        asked = prepared.collate([rows[i // rl.generations % len(rows)] for i in range(size)])
+        device, pad = next(model.parameters()).device, pad_token(prepared.tokenizer)
+        inputs = {name: asked[name].to(device) for name in ("input_ids", "attention_mask")}
+        length = {"min_new_tokens": rl.max_new_tokens, "max_new_tokens": rl.max_new_tokens}
 
-        def total(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-            return -logits.float().log_softmax(-1)[..., 0].sum(), batch["attention_mask"].sum()
+        def loss() -> Tensor:
+            with torch.no_grad():
+                ids = model.generate(**inputs, **length, do_sample=True, pad_token_id=pad)
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            return -logits.float().log_softmax(-1)[..., 0].mean()
 
-        return total
-
-    def step(self, prepared: Prepared, model: Any) -> Any:
-        """The longest prompts, with answers of full length."""
-        more = [pad_token(prepared.tokenizer)] * prepared.config.rl.max_new_tokens
-        size, rows = prepared.config.train.batch_size, sorted(prepared.feed, key=lambda row: -len(row["input_ids"]))
-        longest = [rows[i % len(rows)]["input_ids"] + more for i in range(size)]
-        feed = [{"input_ids": ids, "labels": ids} for ids in longest]
-        return super().step(type(prepared)(**{**vars(prepared), "feed": feed}), model)
+        return loss, int(inputs["input_ids"].numel()) + size * rl.max_new_tokens
 
     def sample(self, prepared: Prepared) -> list[tuple[str, bool]]:
         """The first prompt; what follows it is the model's own."""
