@@ -40,6 +40,13 @@ def train(
     if dry_run:
         plan(words, sets, probe)
         return
+    settings = _settings(words, sets, overwrite)  # cheap errors first, before the imports that take seconds
+    from veneer.train import launch
+
+    if launch.wanted(settings):
+        flags = [*(["--resume"] if resume else []), *(["--overwrite"] if overwrite else [])]
+        launch.run(settings, ["train", *(words or []), *(w for one in sets or [] for w in ("--set", one)), *flags])
+        return
     prepared, console = _prepare(words, sets, overwrite)
     _run(prepared, console, resume)
 
@@ -57,7 +64,7 @@ def report(folder: Annotated[str, typer.Argument(help="A run's output folder.")]
     print(html.write(folder))
 
 
-def _prepare(words: list[str] | None, sets: list[str] | None, overwrite: bool) -> tuple[Any, Any]:
+def _settings(words: list[str] | None, sets: list[str] | None, overwrite: bool, check_adapter: Any = None) -> Any:
     from veneer.train import config
 
     rest = list(words or [])
@@ -66,16 +73,20 @@ def _prepare(words: list[str] | None, sets: list[str] | None, overwrite: bool) -
         raise ValueError("Name a settings file, or give --model, --data and --out.")
     if overwrite:
         rest.append("--output.overwrite")
-    config.load(path, sets or [], rest)  # cheap errors first, before the imports that take seconds
+    return config.load(path, sets or [], rest, check_adapter)
+
+
+def _prepare(words: list[str] | None, sets: list[str] | None, overwrite: bool) -> tuple[Any, Any]:
+    _settings(words, sets, overwrite)  # cheap errors first, before the imports that take seconds
 
     from rich.console import Console
 
-    from veneer.train import adapters, models
+    from veneer.train import adapters, distributed, models
     from veneer.train.prepare import prepare
 
     models.quiet()
-    settings = config.load(path, sets or [], rest, adapters.problems)
-    return prepare(settings), Console(file=sys.stdout, highlight=False)
+    settings = _settings(words, sets, overwrite, adapters.problems)
+    return prepare(settings), Console(file=sys.stdout, highlight=False, quiet=not distributed.is_main())
 
 
 def _run(prepared: Any, console: Any, resume: bool) -> None:

@@ -186,6 +186,21 @@ class RL(Section):
     keep_cut: bool = Field(True, description="Learn from answers that were cut at max_new_tokens.")
 
 
+class Distributed(Section):
+    """How a run is spread over processes, and who starts them."""
+
+    shorthand: ClassVar[str | None] = "strategy"
+    strategy: Literal["auto", "ddp", "fsdp2", "tensor-parallel", "deepspeed-zero2", "deepspeed-zero3"] = Field(
+        "auto", description="auto: ddp where there is more than one process."
+    )
+    processes: int = Field(1, ge=1, description="How many to start on this machine, or on a Ray cluster.")
+    launch: Literal["local", "torchrun", "ray"] = Field(
+        "local", description="Who starts them: this command, torchrun or accelerate from outside, or Ray."
+    )
+    restarts: int = Field(0, ge=0, description="Times that all are started again after one has died.")
+    unused_parameters: bool = Field(False, description="ddp: some trained tensors take no part in some steps.")
+
+
 class Log(Section):
     """What is written while it runs. metrics.jsonl is always written."""
 
@@ -217,6 +232,7 @@ class RunConfig(Section):
     train: Train = Field(default_factory=lambda: Train.model_validate({}))
     eval: Eval = Field(default_factory=lambda: Eval.model_validate({}))
     log: Log = Field(default_factory=lambda: Log.model_validate({}))
+    distributed: Distributed = Field(default_factory=lambda: Distributed.model_validate({}))
     seq2seq: Seq2Seq = Field(default_factory=lambda: Seq2Seq.model_validate({}))
     classes: Classes = Field(default_factory=lambda: Classes.model_validate({}))
     embeddings: Embeddings = Field(default_factory=lambda: Embeddings.model_validate({}))

@@ -116,6 +116,7 @@ def load_model(
     auto: str = "AutoModelForCausalLM",
     config: Any = None,
     dense: Sequence[str] = (),
+    more: dict[str, Any] | None = None,
 ) -> nn.Module:
     """The base model on its device, in evaluation mode.
 
@@ -125,13 +126,14 @@ def load_model(
         auto: transformers' class that loads it.
         config: the base's config where it is not the stored one, such as one that names classes.
         dense: layers that quantisation leaves alone, such as a head that trains.
+        more: what else ``from_pretrained`` is told.
 
     Raises:
         OSError: no such folder or id.
         ValueError: the device, or an attention implementation, cannot be used here.
     """
     device = device_of(model)
-    options = _common(model) | {"dtype": dtype or dtype_of(model, device)}
+    options = _common(model) | {"dtype": dtype or dtype_of(model, device)} | (more or {})
     if model.attention != "auto":
         options["attn_implementation"] = model.attention
     if config is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import set_seed
 
-from veneer.train import adapters, data, loggers, models, tasks
+from veneer.train import adapters, data, distributed, loggers, models, tasks
 from veneer.train.config import RunConfig
 from veneer.train.tasks import Material, Metric, Task
 from veneer.train.tokens import Tokenised
@@ -96,6 +95,8 @@ def prepare(config: RunConfig) -> Prepared:
     if "start" not in config.adapter:
         config.adapter = adapters.resolved(adapter)
     config.eval.every, config.train.save_every = schedule.eval_every, schedule.save_every
+    if distributed.launched():
+        config.distributed.processes = distributed.processes()
     return Prepared(
         config, tokenizer, made.renderer, made.train, made.held, adapter, base, schedule, made.collate, feed, files,
         notices, task, score,
@@ -121,8 +122,7 @@ def _hidden(base: Any) -> int | None:
 
 
 def _schedule(config: RunConfig, rows: int, held: bool) -> Schedule:
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    batches = math.ceil(rows / (config.train.batch_size * world))
+    batches = math.ceil(rows / (config.train.batch_size * distributed.replicas(config)))
     per_epoch = math.ceil(batches / config.train.accumulate)
     steps = config.train.steps or max(1, math.ceil(config.train.epochs * per_epoch))
     warmup = config.train.warmup

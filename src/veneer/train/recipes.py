@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from rich.console import Console
 from transformers import EarlyStoppingCallback, PrinterCallback, set_seed
 
 from veneer.hf.routing import routes
-from veneer.train import adapters, document, html, loggers, models
+from veneer.train import adapters, distributed, document, html, loggers, models
 from veneer.train.callbacks import Adapters, Interrupt, Metrics, Progress, size
 from veneer.train.config import USED_BY, RunConfig
 from veneer.train.optim import OPTIMISERS
@@ -92,11 +91,13 @@ def run(prepared: Prepared, console: Console, resume: bool = False) -> Outcome:
         KeyboardInterrupt: a second Ctrl-C; the last checkpoint is whole.
     """
     config, folder = prepared.config, Path(prepared.config.output.dir)
-    start = _open(prepared, folder, resume)
+    start = _open(prepared, folder, resume or distributed.restarted())
     models.threads(config.train.threads)
+    distributed.join(config, models.device_of(config.model))
     model = build(prepared)
     device = next(model.parameters()).device
     trainable, total = counts(model)
+    model = distributed.spread(model, config)
     outcome = Outcome(str(folder), 0, trainable, total, held_out=bool(len(prepared.held)))
     outcome.task, outcome.score, outcome.higher = config.task, prepared.score.name, prepared.score.higher
     trainer, progress, interrupt = _trainer(prepared, model, device, console)
@@ -194,6 +195,7 @@ def _trainer(prepared: Prepared, model: Any, device: torch.device, console: Cons
         **loggers.arguments(config),
         "disable_tqdm": True,
         "use_cpu": device.type == "cpu",
+        **distributed.arguments(config),
     }
     rate, decay = float(config.train.learning_rate), config.train.weight_decay
     optimiser = own(model, rate, weight_decay=decay) if own else None
@@ -229,7 +231,7 @@ def _open(prepared: Prepared, folder: Path, resume: bool) -> Path | None:
             f"'{folder}' holds a run already. Go on with it by --resume, replace it by --overwrite, or name another "
             "folder with --out."
         )
-    if int(os.environ.get("RANK", 0)):
+    if not distributed.is_main():
         return None  # the first process clears the folder, for all
     for old in [*(folder / "checkpoints").glob("checkpoint-*")]:
         shutil.rmtree(old)
@@ -246,8 +248,8 @@ def _same_run(config: RunConfig, written: Path) -> None:
     if (was := stored.get("task", "sft")) != config.task:
         raise ValueError(f"The run in '{written.parent}' has the task {was} and cannot be resumed as {config.task}.")
     fixed = {section: now[section] for section in ("model", "data", "adapter", *USED_BY) if section in now}
-    fixed["train"] = {k: now["train"][k] for k in ("batch_size", "accumulate", "seed", "optimizer")}
-    changed = [
+    fixed["train"] = {k: now["train"][k] for k in ("seed", "optimizer")}
+    changed = distributed.changed_batch(stored, now) + [
         f"{section}.{key} was {stored.get(section, {}).get(key)!r} and is {value!r}"
         for section, values in fixed.items()
         for key, value in values.items()
@@ -278,7 +280,8 @@ def _before(
         Sample(shown, right, text.strip())
         for (shown, right), text in zip(prepared.task.questions(prepared), answers, strict=True)
     ]
-    file.write_text(json.dumps({"metrics": metrics, "samples": [vars(s) for s in samples]}, ensure_ascii=False))
+    if distributed.is_main():
+        file.write_text(json.dumps({"metrics": metrics, "samples": [vars(s) for s in samples]}, ensure_ascii=False))
     return metrics, samples
 
 

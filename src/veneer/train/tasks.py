@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from veneer.engine.targets import HEADS
-from veneer.train import adapters, models
+from veneer.train import adapters, distributed, models
 from veneer.train.config import RunConfig
 from veneer.train.data import Example
 from veneer.train.tokens import IGNORED, Tokenised
@@ -138,7 +138,8 @@ class Task(ABC):
 
     def open(self, config: RunConfig, base: Any, dtype: Any = None) -> Any:
         """Likewise, for a run that is over."""
-        return models.load_model(config.model, dtype, self.auto, base, HEADS.get(self.adapter_type, ()))
+        heads = HEADS.get(self.adapter_type, ())
+        return models.load_model(config.model, dtype, self.auto, base, heads, distributed.loading(config))
 
     def starting(self, prepared: Prepared) -> Any:
         """What makes batches for a start that reads data: the model is called with them."""

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from veneer.hf import heads
-from veneer.train import adapters, packing
+from veneer.train import adapters, distributed, packing
 from veneer.train.flat import FlatAdamW
 from veneer.train.tokens import IGNORED
 
@@ -161,11 +162,39 @@ class AdapterCheckpoints:
         folder.mkdir(parents=True, exist_ok=True)
         self.adapted.save_pretrained(str(folder))
 
+    def create_accelerator_and_postprocess(self: Any) -> None:
+        """Make accelerate's part, which has nothing to do for a model that is cut up already."""
+        super().create_accelerator_and_postprocess()  # type: ignore[misc]
+        distributed.settle(self.accelerator, self.model)
+
+    def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the adapter; every process calls this, for where tensors are cut up all of them gather."""
+        folder = Path(output_dir or self.args.output_dir)
+        self.adapted.save_pretrained(str(folder), is_main_process=self.args.should_save)
+
+    def _save_optimizer_and_scheduler(self: Any, output_dir: str) -> None:
+        if not distributed.is_spread(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)  # type: ignore[misc]
+            return
+        distributed.save_optimiser(self.optimizer, output_dir, self.args.should_save)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        if checkpoint is None or not distributed.is_spread(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+            return
+        distributed.load_optimiser(self.optimizer, checkpoint)
+        state = torch.load(Path(checkpoint) / SCHEDULER_NAME, map_location="cpu", weights_only=True)
+        self.lr_scheduler.load_state_dict(state)
+
     def _save_checkpoint(self: Any, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        adapters.save_training_state(self.adapted, folder)
-        (folder / WHOLE).write_text(json.dumps({"step": self.state.global_step}))
+        self.accelerator.wait_for_everyone()  # for a checkpoint is whole when every process has written its own
+        if self.args.should_save:
+            adapters.save_training_state(self.adapted, folder)
+            (folder / WHOLE).write_text(json.dumps({"step": self.state.global_step}))
 
     def _load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         adapters.restore(self.adapted, resume_from_checkpoint)
