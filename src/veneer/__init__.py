@@ -52,6 +52,7 @@ _HOMES = {
         "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
     ],
     "veneer.hf.peer": ["cast_mixed_precision_params", "prepare_model_for_kbit_training", "rescale_adapter_scale"],
+    "veneer.hf.packed_base": ["load_quantized", "save_quantized"],
     "veneer.hf.base_state": ["get_base_model_state_dict", "set_base_model_state_dict"],
     "veneer.hf.convert": ["convert_to_lora", "save_as_lora"],
     "veneer.hf.as_peft": ["install_as_peft"],

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from veneer.core.backends import keep_layout
 from veneer.core.nf4_linear import quantize_model
+from veneer.hf import packed_base  # has transformers read bases that were saved packed, too
 from veneer.train.config import Model
 
 TEMPLATES = {
@@ -183,7 +184,7 @@ def meta_model(
         )
     four_bit = model.quantize in ("nf4", "bnb-nf4", "fp4")  # which take the same bytes, whoever packs them
     if not four_bit:
-        return skeleton
+        return packed_base.make_room(skeleton, getattr(config, "quantization_config", None))
     return quantize_model(skeleton, skip=_unpacked(skeleton, dense), double_quant=model.double_quant)
 
 
