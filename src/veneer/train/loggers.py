@@ -36,6 +36,13 @@ def arguments(config: RunConfig) -> dict[str, Any]:
     return {"report_to": log.report_to or "none", "run_name": name, "project": log.project}
 
 
+def explain(error: Exception, names: list[str]) -> ValueError | None:
+    """A logger's own exception (no key, no server, no place to write) in a sentence, or None if it is not a logger's."""
+    name = type(error).__module__.partition(".")[0]
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return ValueError(f"log.report_to {name} failed: {reason[0]}") if name in names else None
+
+
 def place(trainer: Any, folder: Path) -> None:
     """Let tensorboard write beside the run's other files, unless its environment names another place."""
     for callback in trainer.callback_handler.callbacks:

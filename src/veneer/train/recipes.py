@@ -106,6 +106,10 @@ def run(prepared: Prepared, console: Console, resume: bool = False) -> Outcome:
     try:
         with interrupt.listening():
             trainer.train(resume_from_checkpoint=str(start) if start else None)
+    except Exception as error:
+        if (explained := loggers.explain(error, list(config.log.report_to))) is not None:
+            raise explained from error
+        raise
     finally:
         progress.close()
     outcome.seconds, outcome.steps = time.monotonic() - began, trainer.state.global_step
