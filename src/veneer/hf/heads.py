@@ -85,6 +85,14 @@ def label_log_probs(model: nn.Module, labels: Tensor, last: int | None = None, *
     )  # fmt: skip
 
 
+def before_head(model: nn.Module, **inputs: Any) -> Tensor:
+    """What the head of a model that is ``whole`` is given, (batch, length, d)."""
+    head: Any = _head(model)
+    with _handing(head, _probe(head.weight)) as seen:
+        model(**inputs)
+    return seen[0]
+
+
 def _head(model: nn.Module) -> nn.Module | None:
     base: Any = model
     while hasattr(base, "module") and not hasattr(base, "get_output_embeddings"):

@@ -8,7 +8,7 @@ logits and their gradients, a packed weight unpacked for one product, a checkpoi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,20 +79,34 @@ class Ledger(TorchDispatchMode):
 
 
 class _Step(nn.Module):
-    """Forward, loss and backward of a causal language model as one call, so that a recomputation sees its weights."""
+    """A loss and its backward pass as one call, so that a recomputation sees the weights of ``functional_call``."""
 
-    def __init__(self, model: nn.Module, ledger: Ledger):
+    def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor], ledger: Ledger):
         super().__init__()
-        self.model, self.__dict__["ledger"] = model, ledger
+        self.model, self.loss, self.__dict__["ledger"] = model, loss, ledger
 
-    def forward(self, inputs: dict[str, Any]) -> int:
-        labels = inputs["input_ids"].flatten()
-        logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)
-        loss = F.cross_entropy(logits.float(), labels)
-        del logits
+    def forward(self) -> int:
+        loss = self.loss(self.model)
         kept = int(self.ledger.live)  # type: ignore[arg-type]
         loss.backward()
         return kept
+
+
+def forward_and_backward(model: nn.Module, loss: Callable[[Any], Tensor]) -> tuple[int, int]:
+    """(bytes between the passes, bytes at the highest) of ``loss(model).backward()``, weights not counted.
+
+    Args:
+        model: on any device; only its shapes are read.
+        loss: makes its own inputs, on the CPU; nothing of what it computes has values.
+    """
+    shapes = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        state = {n: torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad) for n, t in shapes.items()}
+        ledger = Ledger(iter(state.values()))
+        step = _Step(model, loss, ledger)
+        with ledger:
+            kept = torch.func.functional_call(step, {f"model.{n}": t for n, t in state.items()}, ())
+    return kept, ledger.peak
 
 
 def step_memory(model: nn.Module, rows: int, length: int, moment_bytes: float | None = None) -> StepMemory:
@@ -108,24 +122,20 @@ def step_memory(model: nn.Module, rows: int, length: int, moment_bytes: float | 
     Returns:
         Bytes, of what torch allocates; a CUDA context, fragmentation and the program itself come on top.
     """
-    shapes = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        state = {n: torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad) for n, t in shapes.items()}
-        ledger = Ledger(iter(state.values()))
-        inputs = {
-            "input_ids": torch.ones(rows, length, dtype=torch.long),
-            "attention_mask": torch.ones(rows, length, dtype=torch.long),
-        }
-        step = _Step(model, ledger)
-        with ledger:
-            kept = torch.func.functional_call(step, {f"model.{n}": t for n, t in state.items()}, (inputs,))
-    weights = sum(t.nbytes for t in state.values())
-    own = [t for t in state.values() if t.requires_grad]
+
+    def loss(model: Any) -> Tensor:
+        inputs = {key: torch.ones(rows, length, dtype=torch.long) for key in ("input_ids", "attention_mask")}
+        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+        return F.cross_entropy(logits.float(), inputs["input_ids"].flatten())
+
+    kept, peak = forward_and_backward(model, loss)
+    weights = sum(t.nbytes for t in [*model.parameters(), *model.buffers()])
+    own = [t for t in model.parameters() if t.requires_grad]
     trained = sum(t.nbytes for t in own)
     moments = 2 * trained if moment_bytes is None else round(moment_bytes * sum(t.numel() for t in own))
     # The optimiser works tensor by tensor: its temporaries are those of the largest one.
     update = trained + 2 * max((t.nbytes for t in own), default=0)
-    return StepMemory(weights, trained, trained, moments, kept, weights + moments + max(ledger.peak, update))
+    return StepMemory(weights, trained, trained, moments, kept, weights + moments + max(peak, update))
 
 
 def made_of(

@@ -19,9 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from veneer.hf import heads
+from veneer.ops.linear_cross_entropy import LEAST
 from veneer.train import adapters, models
+from veneer.train.memory import forward_and_backward
 from veneer.train.prepare import Prepared, Schedule, build, counts
 
 
@@ -191,38 +193,36 @@ def _memory(prepared: Prepared, model: Any, dtype: torch.dtype, device: torch.de
     own = [p for p in model.parameters() if p.requires_grad]
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() * p.element_size() for p in own)
-    kept = _activations(prepared, model)
     if prepared.config.train.gradient_checkpointing:
-        layers = getattr(prepared.base, "num_hidden_layers", 1)
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-        kept = _activations(prepared, model) + kept // max(1, layers)
+    kept = _activations(prepared, model)
     moments = {"sgd": 0, "adafactor": 0}.get(prepared.config.train.optimizer, 2 * trained)
     return Memory(frozen, trained, trained, moments, kept, _runtime(device), _available(device))
 
 
 def _activations(prepared: Prepared, model: Any) -> int:
-    """Bytes that autograd keeps of the largest batch, and twice its logits for the way back through the loss."""
-    task = prepared.task
-    model.train()
-    kept: dict[int, tuple[int, Tensor]] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        state = {
-            name: torch.empty(t.shape, dtype=t.dtype, requires_grad=t.requires_grad)
-            for name, t in [*model.named_parameters(), *model.named_buffers()]
-        }
-        own = dict.fromkeys(t.untyped_storage()._cdata for t in state.values())
+    """Bytes at the highest of a step on the largest batch, beside weights, gradients and the optimiser's state."""
+    task, train = prepared.task, prepared.config.train
+    chunked = prepared.config.task == "sft" and train.chunked_loss and heads.whole(model) is None
 
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = (storage.nbytes(), tensor)  # holding it keeps its place from being used again
-            return tensor
-
+    def loss(model: Any) -> Tensor:
         inputs = task.inputs(prepared, model)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            flat = task.output(torch.func.functional_call(model, state, (), inputs)).float()
-            F.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.long))
-    return sum(amount for amount, _ in kept.values()) + 2 * flat.numel() * 4
+        if chunked:
+            return _chunked(heads.before_head(model, **inputs), model.get_output_embeddings().weight)
+        flat = task.output(model(**inputs)).float()
+        return F.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.long))
+
+    _, peak = forward_and_backward(model.train(), loss)
+    return max(0, peak - sum(p.nbytes for p in model.parameters() if p.requires_grad))
+
+
+def _chunked(hidden: Tensor, weight: Tensor) -> Tensor:
+    """A loss that makes what ``token_log_probs`` makes: one chunk's logits, and the gradient of ``hidden``."""
+    flat = hidden.flatten(0, -2)
+    with torch.no_grad():
+        part = flat[: max(LEAST, flat.numel() // len(weight))]
+        F.linear(part, weight).float().log_softmax(-1).to(weight.dtype) @ weight
+    return (flat * torch.zeros_like(flat)).sum()
 
 
 def _runtime(device: torch.device) -> int:
