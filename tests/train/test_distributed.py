@@ -1,0 +1,162 @@
+"""Runs on two processes (gloo, CPU) against the same run on one: training, resuming on another number, dying."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+import veneer
+from veneer.train import adapters, config, recipes
+from veneer.train.prepare import prepare
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+FILE = "adapter_model.safetensors"
+pytestmark = pytest.mark.slow
+
+
+def words(base, facts, out, *more: str) -> list[str]:
+    fixed = [
+        *("--model", str(base), "--data", str(facts), "--out", str(out), "--adapter.r", "4", "--steps", "6"),
+        *("--train.save-every", "2", "--train.keep", "9", "--eval.best", "false", "--eval.every", "3"),
+        *("--lr", "1e-2", "--eval.prompts", "1", "--eval.max-new-tokens", "2", "--train.threads", "1"),
+    ]
+    return [*fixed, *more]
+
+
+TWO = ("--train.batch-size", "2")
+ONE = ("--train.batch-size", "2", "--train.accumulate", "2")
+"""As many rows a step in one process as two processes have with ``TWO``."""
+
+
+def alone(base, facts, out, *more: str, resume: bool = False) -> Path:
+    prepared = prepare(config.load(None, [], words(base, facts, out, *ONE, *more), adapters.problems))
+    recipes.run(prepared, Console(quiet=True), resume)
+    return out
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {
+        "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo",
+        "PYTHONPATH": str(Path(veneer.__file__).parents[1]),
+    }  # fmt: skip
+
+
+def together(folder: Path, jobs: list[dict], restarts: int = 0) -> subprocess.CompletedProcess:
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("--max-restarts", str(restarts), str(WORKER), str(folder / "jobs.json")),
+    ]
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400)
+
+
+def cut_off(run: Path, to: Path, step: int) -> Path:
+    """A copy of a run as it was when it had just saved ``step``."""
+    shutil.copytree(run, to)
+    for folder in (to / "checkpoints").glob("checkpoint-*"):
+        if int(folder.name.rsplit("-", 1)[1]) > step:
+            shutil.rmtree(folder)
+    for name in (FILE, "report.json", "report.html"):
+        (to / name).unlink()
+    return to
+
+
+def losses(folder: Path) -> dict[int, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def same(one: Path, other: Path, rtol: float = 1e-4, atol: float = 1e-6) -> None:
+    mine, theirs = load_file(one / FILE), load_file(other / FILE)
+    assert mine.keys() == theirs.keys()
+    for key, value in mine.items():
+        torch.testing.assert_close(theirs[key], value, rtol=rtol, atol=atol, msg=key)
+    assert losses(other) == pytest.approx(losses(one), rel=max(rtol, 1e-3))
+
+
+CASES = {
+    "ddp": [],
+    "fsdp2": ["--distributed.strategy", "fsdp2"],
+    "fsdp2-bfloat16": ["--distributed.strategy", "fsdp2", "--dtype", "bfloat16"],
+    "fsdp2-nf4": ["--distributed.strategy", "fsdp2", "--model.quantize", "nf4"],
+}
+
+
+def single(case: str) -> list[str]:
+    return [word for word in CASES[case] if word not in ("--distributed.strategy", "fsdp2", "tensor-parallel")]
+
+
+@pytest.fixture(scope="module")
+def runs(base, facts, tmp_path_factory) -> Path:
+    """Every run of two processes in one start of them: importing is what takes long."""
+    folder = tmp_path_factory.mktemp("two")
+    alone(base, facts, folder / "one")
+    jobs = [{"words": words(base, facts, folder / case, *TWO, *more)} for case, more in CASES.items()]
+    for strategy in ("ddp", "fsdp2"):
+        cut_off(folder / "one", folder / f"one-then-{strategy}", 2)
+        more = [*TWO, "--distributed.strategy", strategy]
+        jobs.append({"words": words(base, facts, folder / f"one-then-{strategy}", *more), "resume": True})
+    other = words(base, facts, folder / "prompt", *TWO, "--distributed.strategy", "fsdp2")
+    at = other.index("--adapter.r")
+    jobs.append(
+        {
+            "words": [
+                *other[:at],
+                *other[at + 2 :],
+                "--adapter.method",
+                "prompt_tuning",
+                "--adapter.num-virtual-tokens",
+                "4",
+            ]
+        }
+    )
+    done = together(folder, jobs)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one_does(runs, base, facts, case):
+    one = runs / "one" if not single(case) else alone(base, facts, runs / f"{case}-alone", *single(case))
+    loose = {"rtol": 0.05, "atol": 5e-3} if "bfloat16" in case else {}
+    same(one, runs / case, **loose)
+    assert all(value.dtype == torch.float32 for value in load_file(runs / case / FILE).values())
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_run_of_one_process_goes_on_with_two(runs, strategy):
+    same(runs / "one", runs / f"one-then-{strategy}")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_run_of_two_processes_goes_on_with_one(runs, base, facts, strategy):
+    cut_off(runs / strategy, runs / f"{strategy}-then-one", 4)
+    same(runs / "one", alone(base, facts, runs / f"{strategy}-then-one", resume=True))
+
+
+def test_a_step_of_other_rows_is_refused(runs, base, facts):
+    out = cut_off(runs / "ddp", runs / "other-rows", 4)
+    with pytest.raises(ValueError, match=r"a step had 4 rows \(.*2 processes\) and would have 2 \(.*1 processes\)"):
+        alone(base, facts, out, "--train.accumulate", "1", resume=True)
+
+
+def test_a_run_leaves_one_report_and_no_doubled_lines(runs):
+    for case in CASES:
+        steps = [line["step"] for line in map(json.loads, (runs / case / "metrics.jsonl").open()) if "loss" in line]
+        assert steps == [1, 2, 3, 4, 5, 6]
+        assert (runs / case / "report.json").is_file() and (runs / case / "report.html").is_file()
+
+
+def test_what_lies_outside_of_the_blocks_is_refused_for_fsdp2(runs):
+    said = (runs / "prompt" / "refused.txt").read_text()
+    assert "trains outside of them; use ddp" in said
+    assert not (runs / "prompt" / FILE).exists()
