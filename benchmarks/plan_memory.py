@@ -19,22 +19,23 @@ from typing import Any
 
 from common import RESULTS, arguments
 
-WORDS = "the red rose and the green grass under a blue sky of the north ".split()
+WORDS = ["the", "red", "rose", "and", "green", "grass", "under", "a", "blue", "sky", "of", "north"]
 MODELS = {"tiny": (256, 704, 4, 4), "small": (512, 1408, 12, 8)}
-CASES: list[tuple[str, str, str]] = [
-    ("lora 4 x 128", "tiny", "--adapter.method lora --train.batch_size 4 --data.max_length 128"),
-    ("lora 8 x 512", "tiny", "--adapter.method lora --train.batch_size 8 --data.max_length 512"),
-    ("lora 4 x 256", "small", "--adapter.method lora --train.batch_size 4 --data.max_length 256"),
-    ("lora 4 x 256 checkpointing", "small", "--adapter.method lora --train.batch_size 4 --data.max_length 256 --train.gradient_checkpointing true"),
-    ("oft 4 x 256", "small", "--adapter.method oft --train.batch_size 4 --data.max_length 256"),
-    ("lora 1 x 128", "real", "--adapter.method lora --train.batch_size 1 --data.max_length 128"),
-    ("lora 4 x 256", "real", "--adapter.method lora --train.batch_size 4 --data.max_length 256"),
-    ("lora 4 x 256 checkpointing", "real", "--adapter.method lora --train.batch_size 4 --data.max_length 256 --train.gradient_checkpointing true"),
-    ("lora 2 x 256 nf4", "real", "--adapter.method lora --train.batch_size 2 --data.max_length 256 --model.quantize nf4"),
-    ("dora 2 x 256", "real", "--adapter.method lora --adapter.use_dora true --train.batch_size 2 --data.max_length 256"),
-    ("ia3 2 x 256", "real", "--adapter.method ia3 --train.batch_size 2 --data.max_length 256"),
-    ("prompt_tuning 2 x 256", "real", "--adapter.method prompt_tuning --adapter.num_virtual_tokens 20 --train.batch_size 2 --data.max_length 256"),
-]  # fmt: skip
+CASES: list[tuple[str, str, int, int, str]] = [
+    ("tiny", "lora", 4, 128, ""),
+    ("tiny", "lora", 8, 512, ""),
+    ("small", "lora", 4, 256, ""),
+    ("small", "lora", 4, 256, "--train.gradient_checkpointing true"),
+    ("small", "oft", 4, 256, ""),
+    ("real", "lora", 1, 128, ""),
+    ("real", "lora", 4, 256, ""),
+    ("real", "lora", 4, 256, "--train.gradient_checkpointing true"),
+    ("real", "lora", 2, 256, "--model.quantize nf4"),
+    ("real", "lora", 2, 256, "--adapter.use_dora true"),
+    ("real", "ia3", 2, 256, ""),
+    ("real", "prompt_tuning", 2, 256, "--adapter.num_virtual_tokens 20"),
+]
+"""(model, method, rows, tokens, further settings)"""
 
 
 def make_model(folder: Path, shape: tuple[int, int, int, int]) -> None:
@@ -58,24 +59,19 @@ def make_model(folder: Path, shape: tuple[int, int, int, int]) -> None:
 
 def case(model: str, data: Path, out: Path, settings: str) -> tuple[dict[str, Any], int]:
     """(the plan's memory by part, the run's highest memory)."""
-    common = f"--model {model} --data {data} --out {out} --data.holdout 0 --train.steps 2 --eval.prompts 0 --train.threads 1".split()
-    words = [sys.executable, "-m", "veneer.cli", "COMMAND", *common, *settings.split()]
-    words[3] = "plan"
-    planned = json.loads(_json(_run([*words, "--json"])))
-    words[3] = "train"
-    _run([*words, "--log.progress", "off"])
-    return planned["memory"], json.loads((out / "report.json").read_text())["peak_memory"]
+    settings += f" --model {model} --data {data} --out {out}"
+    settings += " --data.holdout 0 --train.steps 2 --eval.prompts 0 --train.threads 1"
+    plan = _run("plan", *settings.split(), "--json")
+    planned = json.loads(plan[plan.index("{") :])["memory"]
+    _run("train", *settings.split(), "--log.progress", "off")
+    return planned, json.loads((out / "report.json").read_text())["peak_memory"]
 
 
-def _run(words: list[str]) -> str:
-    done = subprocess.run(words, capture_output=True, text=True)
+def _run(*words: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "veneer.cli", *words], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(words)} failed: {done.stderr[-2000:]}")
+        raise RuntimeError(f"veneer {' '.join(words)} failed: {done.stderr[-2000:]}")
     return done.stdout
-
-
-def _json(text: str) -> str:
-    return text[text.index("{") :]
 
 
 def main() -> None:
@@ -87,19 +83,19 @@ def main() -> None:
         data.write_text("\n".join(json.dumps({"text": f"{text} {i}"}) for i in range(64)))
         folders = {"real": given.model}
         rows = []
-        print(f"{'case':44}{'plan, MB':>10}{'run, MB':>10}{'plan / run':>12}")
-        for name, model, settings in CASES:
-            label = f"{model} {name}"
+        print(f"{'case':62}{'plan, MB':>10}{'run, MB':>10}{'plan / run':>12}")
+        for model, method, batch, length, more in CASES:
+            label = f"{model} {method} {batch} x {length} {more}"
             if (model == "real" and not given.model) or not any(one in label for one in given.only.split(",")):
                 continue
             if model not in folders:
                 folders[model] = str(folder / model)
                 make_model(folder / model, MODELS[model])
+            settings = f"--adapter.method {method} --train.batch_size {batch} --data.max_length {length} {more}"
             planned, used = case(folders[model], data, folder / f"out{len(rows)}", settings)
-            rows.append({"case": label, "plan": planned, "used": used, "ratio": planned["total"] / used})
-            print(
-                f"{label:44}{planned['total'] / 1e6:10.0f}{used / 1e6:10.0f}{planned['total'] / used:12.2f}", flush=True
-            )
+            total = planned["total"]
+            rows.append({"case": label, "plan": planned, "used": used, "ratio": total / used})
+            print(f"{label:62}{total / 1e6:10.0f}{used / 1e6:10.0f}{total / used:12.2f}", flush=True)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "plan_memory.json").write_text(json.dumps(rows, indent=2) + "\n")
 
