@@ -68,6 +68,12 @@ def test_a_killed_run_resumes_with_the_same_losses(dpo, base, tmp_path):
     assert again.after == outcome.after
 
 
+def test_gradient_checkpointing_changes_nothing_but_memory(dpo, base, tmp_path):
+    checkpointing = (*LEARN, "--train.gradient-checkpointing")
+    recipes.run(prepared("dpo", base, tmp_path, *checkpointing), quiet())
+    assert losses(tmp_path / "out") == pytest.approx(losses(dpo[0]), rel=1e-4)
+
+
 def test_ctrl_c_keeps_a_whole_checkpoint_and_resume_finishes(dpo, base, tmp_path, monkeypatch):
     from transformers import Trainer
 

@@ -113,6 +113,14 @@ def test_rewards_are_weighted_and_see_the_columns(base, tmp_path):
     assert line["reward"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_checkpointing_and_several_steps_on_the_same_answers(base, tmp_path):
+    more = ("--rl.iterations", "2", "--train.gradient-checkpointing", "--steps", "4")
+    run = prepared("grpo", base, tmp_path, *words(tmp_path), *more)
+    recipes.run(run, quiet())
+    fresh = [line["step"] for line in lines(tmp_path / "out") if "loss" in line and "num_tokens" in line]
+    assert fresh == [1, 3]  # new answers at every second step
+
+
 def test_rows_with_answers_serve_as_prompts(base, facts, tmp_path):
     fixed = ["--task", "grpo", "--model", str(base), "--data", str(facts), "--out", str(tmp_path / "out")]
     run = prepare(preferring.config.load(None, [], [*fixed, "--rl.rewards", "[exact]"], adapters.problems))

@@ -1,11 +1,14 @@
 """Rows of comparisons, labels and prompts: every way they are written, every fault by its row, what becomes of them."""
 
+from pathlib import Path
+
 import pytest
 
-from veneer.train import data, doctor, starter
+from veneer.train import adapters, data, doctor, starter
 from veneer.train import preference_tokens as tokens
 from veneer.train.config import load
 from veneer.train.preference_rows import parted
+from veneer.train.prepare import prepare
 from veneer.train.rows import RowError
 
 from .preferring import rows, write
@@ -128,6 +131,13 @@ def test_texts_that_go_on_from_each_other_are_not_put_into_a_chat(tmp_path, toke
     examples = read(tmp_path, found, "preference")
     made = tokens.pairs(examples, tokens.renderer(tokenizer, examples, "auto", None), 64)
     assert tokenizer.decode(made.rows[0]["prompt_ids"] + made.rows[0]["chosen_ids"]) == "Q0 is good<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["dpo", "grpo", "reward"])
+def test_the_examples_can_be_prepared(base, name):
+    folder = Path(__file__).parents[2] / "examples" / "preference"
+    run = prepare(load(folder / f"{name}.yaml", [], ["--model", str(base)], adapters.problems))
+    assert len(run.train) == (192 if name == "grpo" else 79) and run.config.task == name
 
 
 @pytest.mark.parametrize(("kind", "task"), [("pairs", "dpo"), ("labels", "kto"), ("prompts", "grpo")])

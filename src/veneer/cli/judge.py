@@ -48,10 +48,11 @@ def judge(
         print("A judge that goes by the order more than by the answers is no judge: take a larger model.")
     if tally.alike:
         print(f"{tally.alike} pairs were alike and were not asked about.")
-    if len(tally.wins) == 2 and sum(tally.wins):
+    decided = sum(tally.wins)
+    if len(tally.wins) == 2 and decided:
         share, low, high = tally.share()
         name = files[1].name if len(files) == 2 else "The second answer"
-        print(f"{name} won {tally.wins[1]} of {sum(tally.wins)}: {share:.0%} ({low:.0%} to {high:.0%}).")
+        print(f"{name} won {tally.wins[1]} of {decided}: {share:.0%} ({low:.0%} to {high:.0%}).")
 
 
 def _rows(files: list[Path]) -> list[dict[str, Any]]:

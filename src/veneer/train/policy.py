@@ -106,6 +106,12 @@ class Policy(AdapterCheckpoints, Inside):
         return self.penalised(loss) if isinstance(loss, Tensor) and loss.requires_grad else loss
 
 
+def checkpointing(config: Any) -> dict[str, Any]:
+    """What TRL sets otherwise than we do: checkpointing and bfloat16 are on there unless they are told."""
+    wanted = config.train.gradient_checkpointing
+    return {"bf16": False, "gradient_checkpointing": wanted, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
 def read(inputs: dict[str, Any]) -> int:
     """Tokens of a batch, padding left out."""
     names = (

@@ -15,7 +15,7 @@ from veneer.train import preference_rows
 from veneer.train import preference_tokens as tokens
 from veneer.train import preference_trainers as trainers
 from veneer.train.evaluate import pad_token
-from veneer.train.policy import as_now, bare, measured
+from veneer.train.policy import as_now, bare, checkpointing, measured
 from veneer.train.preference_trainers import OrpoTrainer, PairCollate, answer_logprobs, orpo
 from veneer.train.sft import Sft, fits
 from veneer.train.tasks import LOSS, Features, Material, Metric, asked, asked_of, batch_size, largest
@@ -77,7 +77,7 @@ class Preference(Sft):
         """TRL's, around the adapted model."""
         task = prepared.config.task
         reference = bare(model) if prepared.config.preference.reference == "base" else as_now(model)
-        arguments = {**arguments, **self.settings(prepared), "gradient_checkpointing": False, "bf16": False}
+        arguments = {**arguments, **self.settings(prepared), **checkpointing(prepared.config)}
         arguments.pop("label_names")
         rows, held = enough(prepared), prepared.held.rows
         return trainers.make(task, model, reference, arguments, rows, held, prepared.tokenizer, optimiser)

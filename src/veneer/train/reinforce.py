@@ -12,7 +12,7 @@ from torch import Tensor
 from veneer.train import preference_tokens as tokens
 from veneer.train import rewards
 from veneer.train.evaluate import answer, end_tokens, pad_token
-from veneer.train.policy import Policy, Reference, as_now, bare, measured, trl
+from veneer.train.policy import Policy, Reference, as_now, bare, checkpointing, measured, trl
 from veneer.train.preference import notices
 from veneer.train.sft import Sft, fits
 from veneer.train.tasks import Features, Material, Metric, asked, asked_of, largest
@@ -105,7 +105,7 @@ class Grpo(Sft):
         """TRL's, around the adapted model."""
         config, name = prepared.config, self.trl_name
         reference = bare(model) if config.rl.reference == "base" else as_now(model)
-        arguments = {**arguments, **self.settings(prepared), "bf16": False, "gradient_checkpointing": False}
+        arguments = {**arguments, **self.settings(prepared), **checkpointing(config)}
         arguments["per_device_eval_batch_size"] = config.rl.generations
         arguments.pop("label_names")
         cls = type(f"Adapted{name}Trainer", (Sampled, trl(f"{name}Trainer", config.task)), {})
