@@ -228,7 +228,7 @@ def test_choosing_by_layer() -> None:
         layer.set_adapter(["other"])
     other = model(IDS).logits
     assert model.active_adapters == ["other"] and not torch.equal(other, y)
-    assert {n.split(".")[-3] for n, p in model.named_parameters() if p.requires_grad} == {"other"}
+    assert {n.split(".")[-2] for n, p in model.named_parameters() if p.requires_grad} == {"other"}
     for layer in layers_of(model):
         layer.enable_adapters(False)
     assert all(layer.disable_adapters for layer in layers_of(model))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import inspect
 import json
 import warnings
 from dataclasses import MISSING, dataclass, field, fields
@@ -54,6 +55,12 @@ class _Checked(type):
                 hint = f"; did you mean {' or '.join(near)}?" if near else "."
                 raise TypeError(f"{cls.__name__} has no field '{name}' (unexpected keyword argument){hint}")
         return super().__call__(*args, **kwargs)
+
+    @property
+    def __signature__(cls) -> inspect.Signature:
+        """The fields: what ``inspect`` would not see behind this class's own call."""
+        own = inspect.signature(cls.__init__)
+        return own.replace(parameters=list(own.parameters.values())[1:], return_annotation=cls)
 
 
 @dataclass

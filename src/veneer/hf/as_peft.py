@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from veneer.core import errors
 from veneer.core.config import PEFT_VERSION
 from veneer.hf import peft_names
 
@@ -34,6 +35,9 @@ USAGE = "usage: python -m veneer.as_peft SCRIPT [ARGUMENTS ...] | -m MODULE [ARG
 
 def install_as_peft() -> types.ModuleType:
     """Answer to the name ``peft`` from now on, in this process. A second call changes nothing.
+
+    Names in ``target_modules``, ``modules_to_save`` and ``exclude_modules`` that match nothing are then passed over with
+    a warning, as programs for the peer expect, as long as others match.
 
     Call it early: transformers' Trainer, TRL, accelerate and diffusers look for ``peft`` when they are imported. Where
     there was none, they are made to look again; a real one that they imported cannot be replaced any more.
@@ -54,6 +58,7 @@ def install_as_peft() -> types.ModuleType:
     if not any(isinstance(finder, PeftFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, PeftFinder())
         importlib.invalidate_caches()
+        errors.lenient = True
         _catch_up()
     return importlib.import_module(NAME)
 

@@ -48,6 +48,11 @@ def _is_tuner_layer(thing: Any) -> bool:
     return not len(thing.adapters) or any(not isinstance(a, helpers) for a in thing.adapters.values())
 
 
+def _is_lora(thing: Any) -> bool:
+    """LoRA, or AdaLoRA, whose layers the peer makes of LoRA's."""
+    return holding("LORA")(thing) or holding("ADALORA")(thing)
+
+
 BaseTunerLayer = face("BaseTunerLayer", "Any layer that a method's adapters are around.", _is_tuner_layer)
 AuxiliaryTrainingWrapper = face(
     "AuxiliaryTrainingWrapper",
@@ -60,4 +65,7 @@ ModulesToSaveWrapper = face(
 TrainableTokensWrapper = face(
     "TrainableTokensWrapper", "A module with trained rows.", lambda thing: _is_helper(thing, "trainable_token_indices")
 )
-LoraLayer = face("LoraLayer", "An adapted layer that holds a LoRA adapter.", holding("LORA"))
+LycorisLayer = face(
+    "LycorisLayer", "An adapted layer that holds LoHa or LoKr.", lambda t: any(holding(m)(t) for m in ("LOHA", "LOKR"))
+)
+LoraLayer = face("LoraLayer", "An adapted layer that holds a LoRA adapter.", _is_lora)

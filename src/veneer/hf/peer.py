@@ -273,7 +273,8 @@ def build_peft_weight_mapping(
     return [
         WeightRenaming(r"base_model.model.model.", "model."),
         WeightRenaming(r"base_model.model.", ""),
-        WeightRenaming(rf"({prefix}[^\.]*)", rf"adapters.{adapter_name}.\1"),
+        WeightRenaming(r"lora_magnitude_vector$", "lora_magnitude_vector.weight"),
+        WeightRenaming(rf"({prefix}[^\.]*)", rf"\1.{adapter_name}"),
         *(weight_conversions or []),
     ]
 

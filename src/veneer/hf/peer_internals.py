@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,9 @@ from veneer.core import quant
 from veneer.core.patterns import fullmatch
 from veneer.engine.adapted import Adapted
 from veneer.engine.targets import ALL_LINEAR, find
+from veneer.hf.auto import PARENTS
 from veneer.hf.layer_face import PeftLayer
+from veneer.hf.replicate import replicate
 from veneer.hf.shown import ShownTensors
 from veneer.hf.tuner import PeftTuner, names_of
 from veneer.methods.lokr import split
@@ -348,3 +351,109 @@ class MontecloraTrainerMixin:
         loss = loss + sum(terms) if terms else loss
         return (loss, outputs) if return_outputs else loss
 
+
+
+def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:
+    """SHiRA's default choice of entries: ``r (in + out)`` of them, True in a mask shaped like the weight."""
+    weight: Any = base_layer.weight
+    generator = torch.Generator()
+    if random_seed is not None:
+        generator.manual_seed(random_seed)
+    count = r * (weight.shape[0] + weight.shape[1])
+    chosen = torch.randperm(weight.numel(), generator=generator)[:count]
+    mask = torch.zeros(weight.numel(), dtype=torch.bool)
+    mask[chosen] = True
+    return mask.view(weight.shape).to(weight.device)
+
+
+def replicate_layers(model: nn.Module, layer_map: list[tuple[int, int]]) -> None:
+    """Repeat ranges of a model's layers in place, with shared weights."""
+    replicate(model, layer_map)
+
+
+@contextlib.contextmanager
+def onload_layer(layer: nn.Module) -> Iterator[None]:
+    """Within: the tensors of a layer that accelerate has parked elsewhere are where it runs."""
+    hook: Any = getattr(layer, "_hf_hook", None)
+    if hook is None or not hasattr(hook, "pre_forward"):
+        yield
+        return
+    hook.pre_forward(layer)
+    try:
+        yield
+    finally:
+        hook.post_forward(layer, torch.tensor([]))
+
+
+def insert_adapter_name(state_dict: dict[str, Any], adapter_name: str, parameter_prefix: str) -> dict[str, Any]:
+    """A file's keys as live names: ``a.lora_A.weight`` -> ``a.lora_A.default.weight``."""
+    found = {}
+    for key, value in state_dict.items():
+        parts = key.split(".")
+        at = next((i for i, part in enumerate(parts) if part.startswith(parameter_prefix)), None)
+        found[key if at is None else ".".join([*parts[: at + 1], adapter_name, *parts[at + 1 :]])] = value
+    return found
+
+
+def names_tied_with_embedding(model: nn.Module) -> list[str]:
+    """The names of the weights that are tied to the input embedding, as the model states them."""
+    keys = getattr(model, "_tied_weights_keys", None) or {}
+    tied = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
+    return list(keys) if tied else []
+
+
+def check_file_exists_on_hf_hub(repo_id: str, filename: str, **kwargs: Any) -> bool | None:
+    """Whether a repository has a file; None where the hub cannot be asked."""
+    from huggingface_hub import file_exists
+    from huggingface_hub.utils import EntryNotFoundError, HFValidationError
+
+    if str(os.environ.get("HF_HUB_OFFLINE", "0")).upper() in ("1", "ON", "YES", "TRUE"):
+        return None
+    try:
+        return file_exists(repo_id, filename, **kwargs)
+    except (EntryNotFoundError, HFValidationError):
+        return False
+    except Exception:  # whatever keeps the hub from answering
+        return None
+
+
+# ---- EVA's defaults -------------------------------------------------------------------------------------------------
+def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Run a model on a batch that is a dict."""
+    return model(**inputs)
+
+
+def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Any], peft_config: Any) -> Tensor:
+    """(row, position) of every token of a batch that counts: those with a label, or all that are not padding."""
+    if not isinstance(model_input, dict):
+        raise ValueError("When using `prepare_model_inputs_fn_language_modeling` inputs must be a dictionary")
+    mask = model_input.get("attention_mask", torch.ones_like(model_input["input_ids"])).bool()
+    labels = model_input.get("labels")
+    if peft_config.eva_config.use_label_mask and labels is not None:
+        mask = mask & (labels != peft_config.eva_config.label_mask_value)
+    return mask.nonzero()
+
+
+def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
+    """The rows (tokens, in) of a layer's input that count."""
+    while isinstance(layer_input, tuple | list):
+        layer_input = layer_input[0]
+    if layer_input.dim() > 2:
+        layer_input = layer_input[model_input.T.unbind()]
+    return layer_input
+
+
+# ---- AutoPeftModel's imports ----------------------------------------------------------------------------------------
+def get_default_import_allowlist() -> list[str]:
+    """The libraries from which a config may name a base model's class."""
+    return sorted(name.replace("_", "-") for name in PARENTS)
+
+
+def check_import_allowlist(allowlist: Sequence[str], parent_name: str) -> None:
+    """Refuse a library that is not on the list.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if parent_name.partition(".")[0] not in [name.replace("-", "_") for name in allowlist]:
+        raise ValueError(f"A base model may be imported from {', '.join(allowlist)}, and not from '{parent_name}'.")

@@ -12,6 +12,7 @@ import importlib.util
 from typing import Any
 
 from veneer.core import registry
+from veneer.hf import peft_inner
 
 METHODS = {
     "adalora": "ADALORA", "adamss": "ADAMSS", "adaption_prompt": "ADAPTION_PROMPT", "beft": "BEFT", "boft": "BOFT",
@@ -41,6 +42,7 @@ MODULES = frozenset(
         "peft.utils.integrations", "peft.utils.loftq_utils", "peft.utils.merge_utils", "peft.utils.other",
         "peft.utils.peft_types", "peft.utils.quantization_utils", "peft.utils.save_and_load",
         "peft.utils.transformers_weight_conversion", "peft.utils.warning",
+        *peft_inner.MODULES,
         *(f"peft.tuners.{m}{part}" for m in METHODS for part in ("", ".config", ".layer", ".model")),
     }
 )  # fmt: skip
@@ -54,7 +56,8 @@ HOMES = {
     "veneer.hf.base_state": ["get_base_model_state_dict", "set_base_model_state_dict"],
     "veneer.hf.convert": ["convert_to_lora", "reduce_intruder_dimension", "save_as_lora"],
     "veneer.hf.faces": [
-        "AuxiliaryTrainingWrapper", "BaseTunerLayer", "LoraLayer", "ModulesToSaveWrapper", "TrainableTokensWrapper",
+        "AuxiliaryTrainingWrapper", "BaseTunerLayer", "LoraLayer", "LycorisLayer", "ModulesToSaveWrapper",
+        "TrainableTokensWrapper",
     ],
     "veneer.hf.hotswap": [
         "CONFIG_KEYS_TO_CHECK=KEYS_TO_CHECK", "check_hotswap_configs_compatible", "hotswap_adapter",
@@ -63,7 +66,8 @@ HOMES = {
     "veneer.hf.incremental_pca": ["IncrementalPCA"],
     "veneer.hf.peer_internals": [
         "BufferDict", "DoraCaching", "MontecloraTrainerMixin", "check_adapters_to_merge",
-        "check_deepspeed_zero3_enabled", "clone_module", "dequantize_module_weight", "factorization", "find_parameter_name_by_module",
+        "check_deepspeed_zero3_enabled", "clone_module", "dequantize_module_weight", "factorization",
+        "find_parameter_name_by_module",
         "gather_params_ctx", "get_device_map", "get_layer_device_map", "get_pattern_key", "get_quantization_config",
         "id_tensor_storage", "init_empty_weights", "inspect_matched_modules", "make_kron",
         "map_cache_to_layer_device_map", "match_target_against_key", "skip_init_on_device", "str_to_bool", "torch_load",
@@ -74,6 +78,10 @@ HOMES = {
         "_get_no_split_modules=get_no_split_modules",
         "_get_submodules_with_grandparent=get_submodules_with_grandparent", "_is_valid_match=is_valid_match",
         "_maybe_include_all_linear_layers=include_all_linear_layers",
+        "_insert_adapter_name_into_state_dict=insert_adapter_name", "random_mask", "replicate_layers",
+        "onload_layer", "forward_fn_dict", "prepare_layer_inputs_fn_language_modeling",
+        "prepare_model_inputs_fn_language_modeling", "get_default_import_allowlist", "check_import_allowlist",
+        "check_file_exists_on_hf_hub", "_get_module_names_tied_with_embedding=names_tied_with_embedding",
     ],
     "veneer.hf.peer_merge": [
         "calculate_majority_sign_mask", "dare_linear", "dare_ties", "disjoint_merge", "magnitude_based_pruning",
@@ -84,13 +92,14 @@ HOMES = {
         "build_peft_weight_mapping", "cast_adapter_dtype", "cast_mixed_precision_params", "check_if_peft_model",
         "check_target_module_exists", "convert_peft_config_for_transformers", "delete_adapter",
         "disable_input_dtype_casting", "fsdp_auto_wrap_policy", "infer_device", "prepare_model_for_kbit_training",
-        "register_peft_method", "rescale_adapter_scale", "set_adapter", "set_requires_grad", "shift_tokens_right",
+        "register_peft_method", "rescale_adapter_scale", "set_adapter", "_set_adapter=set_adapter",
+        "set_requires_grad", "shift_tokens_right",
         "transpose", "update_forward_signature", "update_generate_signature", "update_signature",
         "_freeze_adapter=freeze_adapter", "_get_submodules=get_submodules",
     ],
     "veneer.hf.status": ["TunerLayerStatus", "TunerModelStatus"],
     "veneer.hf.tasks": ["MODEL_TYPE_TO_PEFT_MODEL_MAPPING=TASK_CLASSES"],
-    "veneer.hf.tuner": ["BaseTuner=PeftTuner", "MixedModel=PeftTuner"],
+    "veneer.hf.tuner": ["BaseTuner=PeftTuner", "LycorisTuner=PeftTuner", "MixedModel=PeftTuner"],
 }  # fmt: skip
 """Module of veneer -> the peer's names it holds, ``theirs=ours`` where ours is another. All that ``veneer`` itself
 exports is found besides."""
@@ -105,6 +114,7 @@ CONSTANTS: dict[str, Any] = {
     "MIN_TARGET_MODULES_FOR_OPTIMIZATION": 20,
     "SEQ_CLS_HEAD_NAMES": ["score", "classifier"],
     "TOKENIZER_CONFIG_NAME": "tokenizer_config.json",
+    **peft_inner.CONSTANTS,
 }
 KINDS = {
     "Linear": ("linear", "conv1d_hf"), "Conv1d": ("conv",), "Conv2d": ("conv",), "Conv3d": ("conv",),
@@ -125,6 +135,8 @@ def find(module: str, name: str) -> Any:
         found = _of_method(METHODS[own[2]], name)
         if found is not None:
             return found
+    if name in PROMPT_ENCODERS:
+        return _rows()[PROMPT_ENCODERS[name]].build
     if name in CONSTANTS:
         return CONSTANTS[name]
     if name in WHERE:
@@ -138,10 +150,31 @@ def find(module: str, name: str) -> Any:
         return _layer_face(name, peft_type, None)
     if name.startswith("TRANSFORMERS_MODELS_TO_"):
         return _default_targets(name.removeprefix("TRANSFORMERS_MODELS_TO_"))
+    if name in ("ALLOWED_COMPUTE_DTYPES", "ALL_LAYERNORM_LAYERS"):
+        return _of_torch(name)
     try:
         return getattr(importlib.import_module("veneer"), name)
     except AttributeError:
+        pass
+    try:
         return _not_built(name)
+    except LookupError:
+        return peft_inner.stand_in(name, module)
+
+
+def _of_torch(name: str) -> Any:
+    import torch
+
+    if name == "ALLOWED_COMPUTE_DTYPES":
+        return torch.float16, torch.bfloat16, torch.float32
+    return [torch.nn.LayerNorm]
+
+
+PROMPT_ENCODERS = {
+    "CPTEmbedding": "CPT", "CartridgeEncoder": "CARTRIDGE", "MultitaskPromptEmbedding": "MULTITASK_PROMPT_TUNING",
+    "PrefixEncoder": "PREFIX_TUNING", "PromptEmbedding": "PROMPT_TUNING",
+}  # fmt: skip
+"""The peer's name of a prompt's module -> its ``peft_type``."""
 
 
 @functools.cache
@@ -174,6 +207,8 @@ def _default_targets(what: str) -> dict[str, Any]:
     from veneer.hf import architecture_table as table
     from veneer.hf.architectures import default_targets
 
+    if what == "IA3_FEEDFORWARD_MODULES_MAPPING":
+        return dict(table.IA3_FEEDFORWARD)
     stem = what.removesuffix("_TARGET_MODULES_MAPPING")
     if what == "PREFIX_TUNING_POSTPROCESS_MAPPING":  # a cache of keys and values is every family's here
         return {}
@@ -186,7 +221,7 @@ def _default_targets(what: str) -> dict[str, Any]:
 
 
 def _of_method(peft_type: str, name: str) -> Any:
-    if name in KINDS or any(name.endswith(kind) for kind in ("Linear", "Conv2d")):
+    if name in KINDS or any(name.endswith(kind) for kind in ("Linear", "Conv2d", "Linear4bit", "Linear8bitLt")):
         kind = next((k for k in KINDS if name.endswith(k)), "Linear")
         return _layer_face(name, peft_type, KINDS[kind])
     return None
