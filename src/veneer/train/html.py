@@ -162,14 +162,15 @@ def _curves(lines: list[dict[str, Any]], report: dict[str, Any]) -> str:
 def _samples(report: dict[str, Any]) -> str:
     if not report.get("samples"):
         return ""
-    kind = "Held-out prompts" if report.get("held_out") else "Training prompts"
+    asked = report.get("asked", "prompts")
+    kind = f"Held-out {asked}" if report.get("held_out") else f"Training {asked}"
     rows = "".join(
         "<tr>"
         + "".join(f"<td><pre>{escape(one[k])}</pre></td>" for k in ("prompt", "expected", "before", "after"))
         + "</tr>"
         for one in report["samples"]
     )
-    head = "<tr><th>prompt</th><th>wanted</th><th>before</th><th>after</th></tr>"
+    head = f"<tr><th>{asked.removesuffix('s')}</th><th>wanted</th><th>before</th><th>after</th></tr>"
     return f'<h2>{kind}, answered before and after</h2><div class="wide"><table>{head}{rows}</table></div>'
 
 

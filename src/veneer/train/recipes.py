@@ -58,6 +58,10 @@ class Outcome:
     best_step: int | None = None
     samples: list[Sample] = field(default_factory=list)
     held_out: bool = True
+    asked: str = "prompts"
+    """What the samples are."""
+    writes: bool = True
+    """Whether one can talk with it."""
     seconds: float = 0.0
     compute_seconds: float = 0.0
     """On a CPU the seconds it computed, which do not depend on what else the machine does; elsewhere as ``seconds``."""
@@ -100,6 +104,7 @@ def run(prepared: Prepared, console: Console, resume: bool = False) -> Outcome:
     model = distributed.spread(model, config)
     outcome = Outcome(str(folder), 0, trainable, total, held_out=bool(len(prepared.held)))
     outcome.task, outcome.score, outcome.higher = config.task, prepared.score.name, prepared.score.higher
+    outcome.asked, outcome.writes = prepared.task.prompts, prepared.task.adapter_type == "CAUSAL_LM"
     trainer, progress, interrupt = _trainer(prepared, model, device, console)
     outcome.before, outcome.samples = _before(prepared, model, trainer, folder, fresh=start is None)
     began, computed = time.monotonic(), time.process_time()
@@ -141,6 +146,7 @@ def without_training(prepared: Prepared, make: Callable[[Any], Any]) -> Outcome:
     outcome = Outcome(str(folder), 0, *counts(model), held_out=bool(len(prepared.held)))
     outcome.seconds, outcome.compute_seconds = time.monotonic() - began, time.process_time() - computed
     outcome.task, outcome.score, outcome.higher = config.task, prepared.score.name, prepared.score.higher
+    outcome.asked, outcome.writes = prepared.task.prompts, prepared.task.adapter_type == "CAUSAL_LM"
     outcome.before, outcome.samples = _before(prepared, model, None, folder, fresh=True)
     (folder / "metrics.jsonl").touch()
     return _finished(prepared, model, None, outcome, True)

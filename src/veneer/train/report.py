@@ -110,12 +110,14 @@ def sample_text(pieces: list[tuple[str, bool]], colour: bool = True) -> Text:
     return text
 
 
-def show_samples(console: Console, samples: list[Any], held_out: bool) -> None:
-    """Prompts answered before and after, side by side."""
+def show_samples(console: Console, samples: list[Any], held_out: bool, asked: str = "prompts") -> None:
+    """Prompts (or whatever is ``asked``) answered before and after, side by side."""
     if not samples:
         return
-    title = "Held-out prompts" if held_out else "Prompts from the training rows (nothing was held out)"
-    table = Table("prompt", "wanted", "before", "after", title=title, title_justify="left", show_lines=True)
+    title = f"Held-out {asked}" if held_out else f"{asked.capitalize()} of the training rows (nothing was held out)"
+    table = Table(
+        asked.removesuffix("s"), "wanted", "before", "after", title=title, title_justify="left", show_lines=True
+    )
     for one in samples:
         cells = [_short(text) for text in (one.prompt, one.expected, one.before, one.after)]
         table.add_row(Text(cells[0]), Text(cells[1], "bright_black"), Text(cells[2]), Text(cells[3], "green"))
@@ -133,7 +135,7 @@ def show_outcome(console: Console, outcome: Any) -> None:
         console.print(f"Stopped at step {outcome.steps}; the checkpoint is {outcome.stopped_at}.")
         console.print(f"Go on with:  veneer train {outcome.folder}/run.yaml --resume", highlight=False, soft_wrap=True)
         return
-    show_samples(console, outcome.samples, outcome.held_out)
+    show_samples(console, outcome.samples, outcome.held_out, outcome.asked)
     rows = [
         (
             "trained",
@@ -148,4 +150,6 @@ def show_outcome(console: Console, outcome: Any) -> None:
     rows.append(("adapter", f"{outcome.folder}  {size(outcome.adapter_bytes)}"))
     facts(console, rows)
     console.print(f"Report:      {outcome.folder}/report.html", highlight=False, soft_wrap=True)
-    console.print(f"Talk to it:  veneer chat --adapter {outcome.folder}", highlight=False, soft_wrap=True)
+    talk = f"Talk to it:  veneer chat --adapter {outcome.folder}"
+    ask = f"Ask it:      veneer generate --adapter {outcome.folder} TEXT"
+    console.print(talk if outcome.writes else ask, highlight=False, soft_wrap=True)
