@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from veneer.hf import heads
 from veneer.ops.linear_cross_entropy import LEAST
-from veneer.train import adapters, models
+from veneer.train import adapters, models, optim
 from veneer.train.memory import forward_and_backward
 from veneer.train.prepare import Prepared, Schedule, build, counts
 
@@ -196,7 +196,7 @@ def _memory(prepared: Prepared, model: Any, dtype: torch.dtype, device: torch.de
     if prepared.config.train.gradient_checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
     kept = _activations(prepared, model)
-    moments = {"sgd": 0, "adafactor": 0}.get(prepared.config.train.optimizer, 2 * trained)
+    moments = optim.state_bytes(prepared.config.train.optimizer, own)
     return Memory(frozen, trained, trained, moments, kept, _runtime(device), _available(device))
 
 
