@@ -15,6 +15,7 @@ from veneer.core import quant
 from veneer.core.adapter import Adapter, Base, Reweight, Weight
 from veneer.core.sites import Parameters, Site
 from veneer.engine.compiled import switched, twins
+from veneer.engine import experts_path
 from veneer.engine.folding import calling, known, stand_around
 from veneer.engine.lowrank_path import LowRankPath, path
 from veneer.engine.packed_merge import DEQUANTIZE, REQUANTIZE, Loss, Way
@@ -149,6 +150,10 @@ class Adapted(nn.Module):
         return gain * here
 
     def _reweighted(self, inside: list[tuple[str, Adapter]], args: tuple, kwargs: dict[str, Any]) -> Base:
+        if self.site.kind == "parameter":
+            short = experts_path.way(list(hosts(self)), [name for name, _ in inside], args, kwargs)
+            if short is not None:
+                return short
         dtype = self.site.dtype
         weight, bias = self._fold(inside)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)

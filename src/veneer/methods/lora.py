@@ -264,6 +264,9 @@ class LoraWeight(Lora):
             return a, b
         return a.reshape(stack, -1, a.shape[1]), b.reshape(b.shape[0], -1, stack).permute(2, 0, 1)
 
+    def low_rank(self) -> LowRank | None:
+        return LowRank(*self.matrices(), self.scaling) if type(self) is LoraWeight and self.site.stack else None
+
     def laid_out(self, a: Tensor, b: Tensor) -> Factors:
         if self.site.stack is None:
             return a, b
