@@ -54,6 +54,32 @@ def test_a_pair_that_cannot_be_used_says_why(prompt, chosen, rejected, message):
         parted(prompt, chosen, rejected)
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "Q"}], "chosen": {"from": "gpt", "value": "good"},
+         "rejected": {"from": "gpt", "value": "bad"}},
+        {"messages": ASKED, "chosen": GOOD[0], "rejected": BAD[0]},
+        {"instruction": "Q", "input": "", "chosen": "good", "rejected": "bad"},
+        {"prompt": "Q", "chosen": [*ASKED, *GOOD], "rejected": [*ASKED, *BAD], "score_chosen": 8.5},
+    ],
+)  # fmt: skip
+def test_pairs_of_other_tools_are_read(tmp_path, tokenizer, row):
+    examples = read(tmp_path, [row], "preference")
+    made = tokens.pairs(examples, tokens.renderer(tokenizer, examples, "auto", None), 64)
+    expected = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "good"}]
+    assert (
+        tokenizer.decode(made.rows[0]["input_ids"]) == tokenizer.apply_chat_template(expected, tokenize=False).rstrip()
+    )
+
+
+def test_a_labelled_conversation_is_taken_apart(tmp_path, tokenizer):
+    found = [{"messages": [*ASKED, *GOOD], "label": True}, {"messages": [*ASKED, *BAD], "kto_tag": False}]
+    examples = data.load([str(write(tmp_path / "rows.jsonl", found))])
+    assert examples.format == "kto" and [e.extra["label"] for e in examples.rows] == [True, False]
+    assert examples.rows[1].extra["completion"] == BAD
+
+
 def test_data_check_names_every_fault_of_pairs_with_its_row(tmp_path, tokenizer):
     found = [
         {"prompt": "Q1", "chosen": "a", "rejected": "b"},

@@ -162,7 +162,11 @@ def _pairs(row: Row) -> dict[str, Any]:
 
 
 def _preference(row: Row) -> dict[str, Any]:
-    asked = _said(row, "prompt") if row.get("prompt") is not None else None
+    places = ("prompt", "conversations", "messages", "instruction")
+    named = next((key for key in places if row.get(key) is not None), None)
+    asked = _said(row, named) if named else None
+    if named == "instruction" and str(row.get("input") or "").strip():
+        asked = f"{asked}\n\n{row['input']}"
     prompt, chosen, rejected = preference_rows.parted(asked, _said(row, "chosen"), _said(row, "rejected"))
     return {"prompt": _question(prompt), "extra": {"prompt": prompt, "chosen": chosen, "rejected": rejected}}
 
@@ -181,10 +185,12 @@ def _prompts(row: Row) -> dict[str, Any]:
 
 
 def _said(row: Row, key: str) -> Any:
-    """A text, or turns of a conversation."""
+    """A text, or turns of a conversation, or one turn of it."""
     value = row.get(key)
-    if isinstance(value, list):
-        return _turns(value, "role", "content", answered=False)
+    turns = [value] if isinstance(value, dict) else value
+    if isinstance(turns, list):
+        sharegpt = bool(turns) and isinstance(turns[0], dict) and "from" in turns[0]
+        return _turns(turns, *(("from", "value") if sharegpt else ("role", "content")), answered=False)
     return _string(row, key)
 
 
@@ -282,6 +288,8 @@ def load(
                 if isinstance(raw, Exception):
                     raise RowError(str(raw))
                 row = _rename(raw, columns or {}, where)
+                if "kto" in among and format in ("auto", "kto"):
+                    row = preference_rows.apart(row)
                 kind = format if format != "auto" else detect(row, where, among)
                 result.format = result.format or kind
                 if not {kind, result.format} <= {*ANSWERED, "text"}:  # only these may be mixed

@@ -18,6 +18,15 @@ Said = str | list[Row]
 """A text, or turns of a conversation."""
 
 
+def apart(row: Row) -> Row:
+    """A conversation that is labelled good or bad, as prompt, completion and label; any other row as it is."""
+    label, turns = row.get("label", row.get("kto_tag")), row.get("messages")
+    if not isinstance(label, bool) or not isinstance(turns, list) or len(turns) < 2 or "completion" in row:
+        return row
+    rest = {key: value for key, value in row.items() if key not in ("messages", "kto_tag")}
+    return {**rest, "prompt": turns[:-1], "completion": turns[-1:], "label": label}
+
+
 def parted(prompt: Said | None, chosen: Said, rejected: Said) -> tuple[Said, Said, Said]:
     """(prompt, chosen, rejected), where the prompt may be the beginning that both answers share.
 
