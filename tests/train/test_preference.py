@@ -177,12 +177,17 @@ def test_a_reward_model_learns_to_tell_the_better_answer_and_comes_back(base, tm
     outcome = recipes.run(run, quiet())
     assert outcome.after["accuracy"] > 0.8 and outcome.after["margin"] > 1
     judge = RewardModel(str(tmp_path / "out"))
+    for source, row in zip(
+        run.held.sources[:2], run.held.rows, strict=False
+    ):  # scored as it was trained, end token too
+        ids = torch.tensor([row["prompt_ids"] + row["chosen_ids"]])
+        expected = judge.session.model(input_ids=ids).logits[0].tolist()
+        assert judge([source.prompt], [source.completion]) == pytest.approx(expected, rel=1e-4)
     for row in rows("pairs")[:3]:
         good, bad = judge([row["prompt"]] * 2, [row["chosen"], row["rejected"]])
         assert good > bad
-    ids = judge._ids(rows("pairs")[0]["prompt"], rows("pairs")[0]["chosen"])
-    first = next(row for row in run.train.rows + run.held.rows if row["input_ids"] == ids)
-    assert first["chosen_ids"]  # scored as it was trained, end token included
+    asked = {"prompt": row["prompt"], "answer": row["chosen"]}
+    assert judge.session.respond([asked])[0]["reward"] == pytest.approx(good, rel=1e-4)
 
 
 def test_orpo_is_the_paper_s_formula():

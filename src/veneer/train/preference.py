@@ -17,6 +17,7 @@ from veneer.train import preference_trainers as trainers
 from veneer.train.evaluate import pad_token
 from veneer.train.policy import as_now, bare, checkpointing, measured
 from veneer.train.preference_trainers import OrpoTrainer, PairCollate, answer_logprobs, orpo
+from veneer.train.reward_model import rewards, scored
 from veneer.train.sft import Sft, fits
 from veneer.train.tasks import LOSS, Features, Material, Metric, asked, asked_of, batch_size, largest
 from veneer.train.trainer import Collate, Losses
@@ -217,9 +218,18 @@ class Reward(Preference):
 
     def features(self, material: Material) -> Features:
         """With one number at the end of the base."""
-        material.base.num_labels = 1
-        material.base.pad_token_id = pad_token(material.tokenizer)
+        self.settle(material.config, material.base, material.tokenizer)
         return super().features(material)
+
+    def settle(self, config: Any, base: Any, tokenizer: Any) -> Any:
+        """One number, read at the last token before the padding."""
+        base.num_labels, base.pad_token_id = 1, pad_token(tokenizer)
+        return base
+
+    def respond(self, config: Any, tokenizer: Any, model: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """``reward``, the number of a row's ``answer`` or ``completion``, or of the last turn of its ``messages``."""
+        found = scored(model, tokenizer, [_said(row) for row in rows], config.data)
+        return [{"answer": row.get("answer", ""), "reward": value} for row, value in zip(rows, found, strict=True)]
 
     def learning_rate(self, adapter: Any, hidden: int | None) -> float:
         """SFT's: there is a head to learn, and no language to lose."""
@@ -266,9 +276,14 @@ class Reward(Preference):
         return []
 
 
-def rewards(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """One number a row."""
-    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].float()
+def _said(row: dict[str, Any]) -> tuple[Any, Any]:
+    """(prompt, answer) of a row."""
+    if isinstance(row.get("messages"), list):
+        return row["messages"][:-1], row["messages"][-1:]
+    answer = row.get("answer", row.get("completion"))
+    if "prompt" not in row or answer is None:
+        raise ValueError("A reward model reads rows with 'prompt' and 'answer', or with 'messages' that end with it.")
+    return row["prompt"], answer
 
 
 class Orpo(Preference):

@@ -186,6 +186,11 @@ def asked_turns(example: Example, system: str | None = None) -> list[dict[str, A
     return turns
 
 
+def ids_of(examples: list[Example], renderer: Renderer) -> list[list[int]]:
+    """The ids of prompt and answer, as the pairs have them."""
+    return [asked + said for asked, said in _split(examples, renderer)]
+
+
 def _split(examples: list[Example], renderer: Renderer) -> list[tuple[list[int], list[int]]]:
     """(ids of the prompt, ids of the answer with its end token) of each example."""
     pieces = []

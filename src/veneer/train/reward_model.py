@@ -1,69 +1,71 @@
-"""A reward model, trained by ``task: reward``, as a reward."""
+"""A reward model, trained by ``task: reward``, asked for its numbers."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from torch import Tensor
 
-from veneer.train import adapters, models
-from veneer.train.config import Model
-from veneer.train.document import read
-from veneer.train.evaluate import base_of, pad_token
+from veneer.train.config import RunConfig
+from veneer.train.evaluate import Session, pad_token
+from veneer.train.preference_rows import Said
+from veneer.train.preference_tokens import answered, ids_of
+from veneer.train.tokens import Renderer
+
+
+def rewards(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """One number a row, (rows,)."""
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0].float()
+
+
+@torch.no_grad()
+def scored(
+    model: Any, tokenizer: Any, said: Sequence[tuple[Said, Said]], data: Any, batch_size: int = 8
+) -> list[float]:
+    """The model's number for each (prompt, answer), read as they were in training.
+
+    Args:
+        model: with its adapter.
+        tokenizer: the model's.
+        said: texts, or turns.
+        data: the ``data`` section of the run: template, system message, longest row.
+        batch_size: answers at once.
+    """
+    renderer = Renderer(tokenizer, "prompt", data.template, "completion", data.system)
+    rows = [ids[: data.max_length] for ids in ids_of([answered("", *pair) for pair in said], renderer)]
+    device, pad, training = next(model.parameters()).device, pad_token(tokenizer), model.training
+    model.eval()
+    found: list[float] = []
+    for start in range(0, len(rows), batch_size):
+        some = [torch.tensor(ids) for ids in rows[start : start + batch_size]]
+        ids = torch.nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=pad)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([[len(one)] for one in some])
+        found += rewards(model, {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}).tolist()
+    model.train(training)
+    return found
 
 
 class RewardModel:
-    """A number for each answer.
+    """The numbers as a reward function.
 
     Args:
         path: the output folder of a ``task: reward`` run.
         batch_size: answers at once.
-        max_length: tokens of prompt and answer; what is longer loses its beginning.
 
     Raises:
         FileNotFoundError: there is no adapter in the folder.
         ValueError: it is the adapter of another task.
     """
 
-    def __init__(self, path: str, batch_size: int = 8, max_length: int = 2048):
-        self.batch_size, self.max_length = batch_size, max_length
-        base = base_of(path)
-        if str(adapters.read_config(path).task_type) != "SEQ_CLS":
+    def __init__(self, path: str, batch_size: int = 8):
+        self.session, self.batch_size = Session(None, path), batch_size
+        if self.session.recipe.get("task") != "reward":
             raise ValueError(f"'{path}' is no reward model; train one with task: reward.")
-        recipe = Path(path) / "run.yaml"
-        stored = read(recipe).values if recipe.is_file() else {}
-        keep = stored.get("model", {"path": base})
-        settings = Model.model_validate(
-            {**(keep if isinstance(keep, dict) else {}), "path": base, "tokenizer": str(path)}
-        )
-        self.system = stored.get("data", {}).get("system")
-        self.template = stored.get("data", {}).get("template", "chat")
-        self.tokenizer = models.load_tokenizer(settings)
-        config = AutoConfig.from_pretrained(base, num_labels=1, pad_token_id=pad_token(self.tokenizer))
-        loaded = models.load_model(settings, None, "AutoModelForSequenceClassification", config)
-        self.model: Any = adapters.load(loaded, path).eval()
+        self.data = RunConfig.model_validate(self.session.recipe).data
 
-    @torch.no_grad()
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-        """The model's numbers, prompt by prompt."""
-        device = next(self.model.parameters()).device
-        rows = [self._ids(*pair)[-self.max_length :] for pair in zip(prompts, completions, strict=True)]
-        found: list[float] = []
-        for start in range(0, len(rows), self.batch_size):
-            batch = self.tokenizer.pad({"input_ids": rows[start : start + self.batch_size]}, return_tensors="pt").to(
-                device
-            )
-            logits = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            found += logits[:, 0].float().tolist()
-        return found
-
-    def _ids(self, prompt: str, completion: str) -> list[int]:
-        if self.template != "chat":
-            return self.tokenizer(prompt + completion)["input_ids"] + [self.tokenizer.eos_token_id]
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
-        if self.system:
-            turns.insert(0, {"role": "system", "content": self.system})
-        rendered = self.tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
-        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+        """One number for each answer."""
+        said = list(zip(prompts, completions, strict=True))
+        return scored(self.session.model, self.session.tokenizer, said, self.data, self.batch_size)
