@@ -151,8 +151,8 @@ class PeftConfig(metaclass=_Checked):
 
     # ---- files ----------------------------------------------------------------------------------------------------
     def to_dict(self) -> dict[str, Any]:
-        """Every field as plain data, in the order of declaration."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        """Every field that a file may hold, as plain data, in the order of declaration."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if not f.metadata.get("never_saved")}
 
     def file_dict(self) -> dict[str, Any]:
         """What the file holds: newer fields only where they are set, sets as sorted lists."""

@@ -62,7 +62,7 @@ def find(model: nn.Module, config: Any, *, strict: bool | None = None) -> list[T
     allowed = _without_excluded(model, config, modules, matched, strict)
     found = _in_layers(config, allowed, strict)
     if allowed and not found:
-        raise ValueError(
+        raise NoMatchingPeftModuleError(
             f"None of the {len(allowed)} modules of {type(model).__name__} that match, such as '{allowed[0].name}', "
             f"lies in layers_to_transform={_field(config, 'layers_to_transform')!r}"
             + (f" of layers_pattern={pattern!r}" if (pattern := _field(config, "layers_pattern")) else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 import weakref
 from collections.abc import Iterator, MutableMapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from veneer.core import quant
+from veneer.core import quant, registry
 from veneer.core.adapter import Adapter, Additive
 from veneer.core.sites import Site
 from veneer.engine.adapted import Adapted, State
@@ -202,7 +203,45 @@ class PeftLayer(shown.Shows, Adapted):
             return found
         if name == "token_indices":
             return shown.rows_trained(self.adapters)
-        return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            found = None if name.startswith("__") else self._said(name)
+            if found is None:
+                raise
+            return found
+
+    def _said(self, name: str) -> Any:
+        """What the peer's layers say besides: settings by adapter, and for LoRA the places that are empty here."""
+        tuner = self._tuner if "_owner" in self.__dict__ else None
+        if tuner is None or "adapters" not in self._modules:
+            return None
+        own = {n: tuner.configs[n].at(self.site.path) for n in self.adapters if n in tuner.configs}
+        if name in SETTINGS:
+            found = {n: getattr(config, name) for n, config in own.items() if hasattr(config, name)}
+            return _Named(found) if found else None
+        if name in LORA_PLACES and any(str(config.peft_type) in ("LORA", "ADALORA") for config in own.values()):
+            return nn.ModuleDict()
+        return None
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: float = 8, config: Any = None, **kwargs: Any) -> None:
+        """Give this layer alone one more LoRA.
+
+        Raises:
+            ValueError: the adapter has this layer already, or it cannot sit here.
+        """
+        tuner = self._tuner
+        if tuner is None or adapter_name in self.adapters:
+            raise ValueError(f"'{self.site.path}' cannot get the adapter '{adapter_name}': it has it already.")
+        wanted = copy.copy(config) if config is not None else copy.copy(next(iter(tuner.configs.values())))
+        vars(wanted).update(r=r, lora_alpha=lora_alpha, target_modules=[self.site.path])
+        tuner.add(adapter_name, wanted, only={self.site.path})
+
+    def __repr__(self) -> str:
+        return repr(shown.Named(self._get_name(), dict(self.named_children())))
+
+    def _get_name(self) -> str:
+        return module_type(self)
 
     # ---- the tree ----------------------------------------------------------------------------------------------------
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
@@ -213,7 +252,26 @@ class PeftLayer(shown.Shows, Adapted):
         return shown.name_of(self, key)
 
 
+SETTINGS = ("r", "lora_alpha", "alpha", "use_dora", "use_rslora", "lora_bias")
+"""Fields of configs that layers are asked for, adapter by adapter."""
+LORA_PLACES = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
 _WRAPPER_NAMES = (shown.COPY, shown.ORIGINAL, shown.TOKENS)
+
+
+def module_type(host: Adapted) -> str:
+    """``lora.Linear`` and the like: the methods here and the class of the layer, or the peer's name for a helper."""
+    adapters = list(host.adapters.values())
+    helpers = {type(a) for a in adapters} & set(registry.AUXILIARY.values())
+    if adapters and len(helpers) == len({type(a) for a in adapters}):
+        options = {build: option for option, build in registry.AUXILIARY.items()}
+        return "+".join(sorted(_WRAPPERS.get(options[h], h.__name__) for h in helpers))
+    methods = {
+        row.peft_type.lower() for row in registry.METHODS.values() if any(isinstance(a, row.build) for a in adapters)
+    } or {type(a).__name__ for a in adapters}
+    return f"{'+'.join(sorted(methods)) or 'none'}.{type(host.get_base_layer()).__name__}"
+
+
+_WRAPPERS = {"modules_to_save": "ModulesToSaveWrapper", "trainable_token_indices": "TrainableTokensWrapper"}
 
 
 def _listed(names: str | Sequence[str]) -> list[str]:
@@ -261,6 +319,7 @@ class _Scalings(MutableMapping):
             self.layer.set_gain(name, value / own)
         else:
             self.layer.adapters[name].scaling = value
+            self.layer.settle()
 
     def __delitem__(self, name: str) -> None:
         raise TypeError("An adapter's scaling cannot be deleted; set it to 0 to silence the adapter.")

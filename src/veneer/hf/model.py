@@ -19,7 +19,7 @@ from veneer.core.config import CONFIG_NAME, PeftConfig, TaskType
 from veneer.core.prompt import Prompt
 from veneer.core.root import Root
 from veneer.engine import checkpoint
-from veneer.engine.adapted import Adapted
+from veneer.engine.adapted import BASE, Adapted
 from veneer.hf import card, experts, hub, old_experts, prompted_generation, prompts, sharded, shown, status, ties
 from veneer.hf.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from veneer.hf.tuner import meta_to_layers, tuner_class
@@ -499,6 +499,21 @@ class PeftModel(shown.Shows):
             raise AttributeError(f"This {type(self).__name__} has no prompt, hence no prompt_encoder.")
         return shown.ShownModules(dict(self.base_model.prompts.items()))
 
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """The rows of a prompt, (length, width), as its file holds them."""
+        return get_peft_model_state_dict(self, adapter_name=adapter_name)["prompt_embeddings"]
+
+    @property
+    def prompt_tokens(self) -> dict[str, torch.Tensor]:
+        """adapter -> the numbers of its virtual tokens."""
+        halves = {n: self.peft_config[n].num_transformer_submodules or 1 for n in self.base_model.prompts}
+        return {n: torch.arange(p.length * halves[n]) for n, p in self.base_model.prompts.items()}
+
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """The base model's table of token embeddings."""
+        return self.base_model.model.get_input_embeddings()
+
     # ---- the rest falls through -------------------------------------------------------------------------------------
     def __getattr__(self, name: str) -> Any:
         try:
@@ -517,8 +532,31 @@ ROUTED = "routed"
 def _route(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Route a batch's rows before the forward: a compiled one would be bound to the names it was called with."""
     names = kwargs.get("adapter_names")
+    if names is not None:
+        _require_routable(model, names, args, kwargs)
     model.base_model.route(names)
     return args, kwargs if names is None else kwargs | {"adapter_names": ROUTED}
+
+
+def _require_routable(model: nn.Module, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> None:
+    """One known adapter for each row.
+
+    Raises:
+        ValueError: another number of names than rows, or names that no adapter has.
+    """
+    unknown = sorted({name for name in names if name != BASE and name not in model.base_model.configs})
+    if unknown:
+        raise ValueError(
+            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; there is no adapter named "
+            f"'{unknown[0]}', this model has: {', '.join(model.base_model.configs)}."
+        )
+    given = [*args, *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
+    batch = next((value.shape[0] for value in given if isinstance(value, torch.Tensor) and value.dim()), len(names))
+    if len(names) != batch:
+        raise ValueError(
+            "Length of `adapter_names` should be the same as the number of inputs, but got "
+            f"{len(names)} and {batch} respectively."
+        )
 
 
 def _adopted(

@@ -43,6 +43,9 @@ class Entries(dict):
 class ShownModules(nn.ModuleDict):
     """Modules of several adapters under one name, by adapter name."""
 
+    def _get_name(self) -> str:
+        return "ModuleDict"
+
     def __init__(self, modules: dict[str, Any]):
         super().__init__()
         object.__setattr__(self, "_modules", modules)
@@ -55,6 +58,9 @@ class ShownTensors(nn.Module):
         super().__init__()
         object.__setattr__(self, table, tensors)
         self.table = table
+
+    def _get_name(self) -> str:
+        return "ParameterDict" if self.table == "_parameters" else "BufferDict"
 
     @property
     def _tensors(self) -> dict[str, Any]:
@@ -100,6 +106,17 @@ class Holder(nn.Module):
         super().__init__()
         object.__setattr__(self, "_modules", modules)
         object.__setattr__(self, "_parameters", parameters)
+
+
+class Named(Holder):
+    """A module that prints under a name of its own."""
+
+    def __init__(self, name: str, modules: Mapping[str, nn.Module]):
+        super().__init__(modules)
+        self.name = name
+
+    def _get_name(self) -> str:
+        return self.name
 
 
 class Tokens(Holder):

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from veneer.core import registry
 from veneer.core.nf4_linear import Nf4Linear
 from veneer.core.quant import backend
 from veneer.engine.adapted import Adapted
 from veneer.engine.tuner import Tuner
+from veneer.hf.layer_face import module_type
 
 Irregular = Literal["irregular"]
 """Said in place of a value that is not the same everywhere."""
@@ -143,7 +143,7 @@ def _layer(name: str, host: Adapted) -> TunerLayerStatus:
     row = backend(host.get_base_layer())
     return TunerLayerStatus(
         name=name,
-        module_type=_module_type(host),
+        module_type=module_type(host),
         enabled=host.state.enabled,
         active_adapters=list(host.state.active),
         merged_adapters=list(host.merged_names),
@@ -158,22 +158,6 @@ def _trains(adapter: Any) -> bool | Irregular:
     """Whether an adapter's tensors train; those that are never meant to do not count."""
     found = {p.requires_grad for n, p in adapter.named_parameters() if n not in adapter.fixed}
     return "irregular" if len(found) > 1 else found == {True}
-
-
-def _module_type(host: Adapted) -> str:
-    """``lora.Linear`` and the like: the methods here and the class of the layer, or the peer's name for a helper."""
-    adapters = list(host.adapters.values())
-    helpers = {type(a) for a in adapters} & set(registry.AUXILIARY.values())
-    if adapters and len(helpers) == len({type(a) for a in adapters}):
-        options = {build: option for option, build in registry.AUXILIARY.items()}
-        return "+".join(sorted(_WRAPPERS.get(options[h], h.__name__) for h in helpers))
-    methods = {
-        row.peft_type.lower() for row in registry.METHODS.values() if any(isinstance(a, row.build) for a in adapters)
-    } or {type(a).__name__ for a in adapters}
-    return f"{'+'.join(sorted(methods)) or 'none'}.{type(host.get_base_layer()).__name__}"
-
-
-_WRAPPERS = {"modules_to_save": "ModulesToSaveWrapper", "trainable_token_indices": "TrainableTokensWrapper"}
 
 
 def _merged(layers: list[TunerLayerStatus]) -> list[str] | Irregular:
