@@ -6,9 +6,10 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from rich.console import Console
 
-from veneer.train import adapters, config, recipes
+from veneer.train import adapters, config, merging, recipes
 from veneer.train.classification import agreement
 from veneer.train.embeddings import pair_losses, pool
 from veneer.train.evaluate import Session
@@ -77,6 +78,17 @@ def test_the_saved_adapter_measures_what_was_reported(task, trained):
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_a_merged_model_measures_the_same_without_the_library(task, trained, tmp_path):
+    prepared, outcome, out = trained(task)
+    certificate = merging.merge(str(out), str(tmp_path / "merged"), dtype="float32")
+    assert certificate.holds
+    merged = getattr(transformers, prepared.task.auto).from_pretrained(tmp_path / "merged").eval()
+    if "classification" in task:
+        assert list(merged.config.id2label.values()) == prepared.config.classes.names
+    assert prepared.task.measure(prepared, merged, None) == pytest.approx(outcome.after, rel=1e-4)
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_the_plan_counts_what_training_then_has(task, trained):
     prepared, outcome, _ = trained(task)
     plan = make(prepared, probe=True)
@@ -141,7 +153,7 @@ def test_a_decoder_classifies_alike_alone_and_in_a_padded_batch(base, reviews, t
     """It reads the class off the last token, and has to know which tokens are padding."""
     prepared = prepare(settings("sequence-classification", base, reviews, tmp_path, "--steps", "2"))
     model = build(prepared).eval()
-    assert prepared.base.pad_token_id is not None
+    assert prepared.base.pad_token_id is not None and make(prepared).trainable > 0
     rows = sorted(prepared.train.rows, key=lambda row: len(row["input_ids"]))[:: len(prepared.train) // 3]
     together = model(**{k: v for k, v in prepared.collate(rows).items() if k != "labels"}).logits
     apart = torch.cat([model(input_ids=torch.tensor([row["input_ids"]])).logits for row in rows])

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from veneer.train.evaluate import Session
 
@@ -101,7 +101,7 @@ def merge(
         del merged
         session.model = None
         gc.collect()
-        again: Any = AutoModelForCausalLM.from_pretrained(
+        again: Any = getattr(transformers, session.task.auto).from_pretrained(
             str(partial), dtype=torch.float32, trust_remote_code=trust_remote_code
         )
         got = [_log_probs(session, again.to(device).eval(), text) for text in texts]
@@ -139,8 +139,12 @@ def _log_probs(session: Session, model: Any, text: str) -> Tensor:
     ids = session.tokenizer(text, add_special_tokens=False)["input_ids"]
     ids = [session.bos, *ids] if session.bos is not None and ids[:1] != [session.bos] else ids
     inputs = torch.tensor([ids], device=next(model.parameters()).device)
-    logits = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False).logits
-    return F.log_softmax(logits[0, -len(ids) :].float(), -1).cpu()  # (tokens, vocabulary)
+    options: dict[str, Any] = {"use_cache": False} if session.writes else {}
+    if getattr(model.config, "is_encoder_decoder", False):
+        options["decoder_input_ids"] = inputs
+    output = model(input_ids=inputs, attention_mask=torch.ones_like(inputs), **options)
+    numbers = output.logits if "logits" in output else output.last_hidden_state  # classes, tokens, or hidden features
+    return F.log_softmax(numbers.flatten(0, -2)[-len(ids) :].float(), -1).cpu()  # (tokens or 1, numbers)
 
 
 def _compare(wanted: list[Tensor], got: list[Tensor], dtype: str, tolerance: float) -> Certificate:
