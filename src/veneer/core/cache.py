@@ -3,35 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from operator import is_
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
 
-def cached(owner: nn.Module, name: str, make: Callable[[], T]) -> T:
-    """``make()``, kept in eval mode without gradients for as long as ``owner``'s tensors hold the same values.
+class Seen:
+    """Tensors as they were once: whether they still are those, with the same values.
+
+    A value written past autograd's count of changes (``tensor.data.mul_(2)``) is not noticed.
 
     Args:
-        owner: the module whose parameters and buffers are all that ``make`` reads.
+        modules: whose parameters and buffers, those of sub-modules included.
+        tensors: others.
+    """
+
+    def __init__(self, *modules: nn.Module, tensors: tuple[Tensor, ...] = ()):
+        inner = [m for module in modules for m in module.modules()]
+        tables: list[dict] = [table for m in inner for table in (m._parameters, m._buffers)]
+        tables.append(dict(enumerate(tensors)))
+        found = [(table, name, t) for table in tables for name, t in table.items() if t is not None]
+        self.tensors = [t for _, _, t in found]
+        self.countable = not any(t.is_inference() for t in self.tensors)  # such tensors do not count their changes
+        self.versions = [t._version for t in self.tensors] if self.countable else []
+        self.pointers = [t.data_ptr() for t in self.tensors]
+        found += [(m._modules, n, child) for m in inner for n, child in m._modules.items() if list(child.parameters())]
+        self.tables, self.names, self.held = zip(*found, strict=True) if found else ((), (), ())
+
+    def still(self) -> bool:
+        """Whether nothing has changed."""
+        return (
+            self.unwritten()
+            and [t.data_ptr() for t in self.tensors] == self.pointers
+            and all(map(is_, map(dict.get, self.tables, self.names), self.held))
+        )
+
+    def unwritten(self) -> bool:
+        """Whether nothing was written into the tensors, where that no other has taken their place is known."""
+        return self.countable and [t._version for t in self.tensors] == self.versions
+
+
+def cached(owner: nn.Module, name: str, make: Callable[[], T], *others: Tensor) -> T:
+    """``make()``, kept in eval mode without gradients for as long as the tensors it reads hold the same values.
+
+    Args:
+        owner: the module whose parameters and buffers ``make`` reads.
         name: what is computed; one value is kept for each name.
         make: computes it.
+        others: the tensors besides that ``make`` reads.
 
     Returns:
         The kept value, or a fresh one: always in training, with gradients, while compiling, and for tensors made in
         inference mode, which do not count their changes.
     """
-    if owner.training or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    if owner.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return make()
-    tensors = (*owner.parameters(), *owner.buffers())
-    if any(t.is_inference() for t in tensors):
-        return make()
-    marks = [(t.data_ptr(), t._version) for t in tensors]
-    kept: dict[str, tuple] = owner.__dict__.setdefault("_kept", {})
+    kept: dict[str, tuple[Seen, tuple[Tensor, ...], Any]] = owner.__dict__.setdefault("_kept", {})
     known = kept.get(name)
-    if known is not None and known[1] == marks and all(a is b for a, b in zip(known[0], tensors, strict=True)):
+    if known is not None and known[0].still() and all(map(is_, known[1], others)):
         return known[2]
-    kept[name] = (tensors, marks, make())
+    kept[name] = (Seen(owner, tensors=others), others, make())
     return kept[name][2]

@@ -14,8 +14,8 @@ from torch.func import functional_call
 from veneer.core import quant
 from veneer.core.adapter import Adapter, Base, Reweight, Weight
 from veneer.core.sites import Parameters, Site
-from veneer.engine.compiled import switched, twins
 from veneer.engine import experts_path
+from veneer.engine.compiled import switched, twins
 from veneer.engine.folding import calling, known, stand_around
 from veneer.engine.lowrank_path import LowRankPath, path
 from veneer.engine.packed_merge import DEQUANTIZE, REQUANTIZE, Loss, Way
@@ -70,7 +70,8 @@ class Adapted(nn.Module):
         return self.around(self._names, self._layer(args, kwargs), args, kwargs)(x)
 
     def settle(self) -> None:
-        """Take note of adapters that came or went."""
+        """Take note of adapters that came or went, or got other tensors or scalings."""
+        self.state.renew()
         if self.twins is not None:
             self.__dict__["twins"] = twins(self)
 
@@ -104,7 +105,7 @@ class Adapted(nn.Module):
         self._decided = state.version
         wanted = state.active if state.route is None else tuple(dict.fromkeys(state.route))
         self._names = [name for name in wanted if name in self.adapters and name not in self.merged_names]
-        self._path = path(self, self._names, state.route) if self._names else None
+        self._path = path(self, self._names, state.route, self._path) if self._names else None
 
     def _first(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple]:
         if args:

@@ -1,17 +1,46 @@
-"""The short way through a linear layer whose active adapters are all low-rank: one call, decided in advance."""
+"""The short way through a linear layer whose active adapters are all low-rank: one call, decided in advance.
+
+Without gradients it is as little as the arithmetic needs, for a decoded token has hardly more: three products, and in a
+mixed batch the stacked factors of all its adapters are kept from call to call.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.adapter import Additive
+from veneer.core.cache import Seen
 from veneer.ops.lowrank import LowRank, fused_linear, joined
 
 if TYPE_CHECKING:
     from veneer.engine.adapted import Adapted
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+class Stack(NamedTuple):
+    """The joined factors of a mixed batch's adapters, in the layer's dtype, and what they were made from."""
+
+    seen: Seen
+    down: Tensor
+    """a's transpose, (in, total rank)."""
+    up: Tensor
+    """b's transpose, (total rank, out)."""
+    ranks: tuple[int, ...]
+
+
+class Mask(NamedTuple):
+    """The mask of the last call, and what it was made for."""
+
+    of: dict
+    """The switchboard's masks, which are new ones after each change."""
+    size: int
+    batch: int
+    values: Tensor
 
 
 class LowRankPath:
@@ -21,50 +50,102 @@ class LowRankPath:
         host: the wrapper.
         names: its active adapters, or in a mixed batch those that any row uses.
         route: the adapter of each row, in a mixed batch.
+        before: the way that was taken until now, whose stack may still serve.
     """
 
-    def __init__(self, host: Adapted, names: list[str], route: tuple[str, ...] | None):
+    def __init__(
+        self, host: Adapted, names: list[str], route: tuple[str, ...] | None, before: LowRankPath | None = None
+    ):
         self.layer: nn.Linear = host.base_layer
         self.state, self.names, self.route = host.state, names, route
         self.adapters: list[Additive] = [host.adapters[name] for name in names]
+        self.device = self.layer.weight.device.type
+        self.mask: Mask | None = None
+        self.stack = before.stack if before is not None and before.adapters == self.adapters else None
 
     def __call__(self, x: Tensor) -> Tensor | None:
         layer = self.layer
-        weight = layer.weight
-        if weight.requires_grad or x.dtype != weight.dtype or "forward" in layer.__dict__:
+        weight = layer._parameters["weight"]
+        if weight is None or weight.requires_grad or x.dtype is not weight.dtype or "forward" in layer.__dict__:
             return None
-        if layer._forward_hooks or layer._forward_pre_hooks:
+        if layer._forward_hooks or layer._forward_pre_hooks or torch.is_autocast_enabled(self.device):
             return None
-        if torch.is_autocast_enabled(x.device.type):
-            return None
+        bias, trains = layer._parameters["bias"], torch.is_grad_enabled()
+        if self.stack is not None and not trains and self.stack.seen.unwritten():
+            return _inferred(x, weight, bias, self.stack.down, self.stack.up, self._mask(x, self.stack.ranks))
         lows: list[LowRank] = []
+        alone = self.route is None and len(self.adapters) == 1
         for adapter in self.adapters:
             low = adapter.low_rank()
             if low is None or low.bias is not None:
                 return None
-            if (low.dropout or low.gain is not None) and (self.route or len(self.adapters) > 1):
+            if (low.dropout or low.gain is not None) and not alone:
                 return None  # what only one branch can have
-            if low.a.dtype != x.dtype and x.dtype not in _HALF:
+            if low.a.dtype is not x.dtype and x.dtype not in _HALF:
                 return None
             lows.append(low)
-        if self.route is None and len(lows) == 1:
-            return fused_linear(x, weight, layer.bias, lows[0])
-        return fused_linear(x, weight, layer.bias, joined(lows), self._mask(x, lows))
+        if trains or low.dropout:
+            low, mask = (low, None) if alone else (joined(lows), self._mask(x, tuple([low.a.shape[0] for low in lows])))
+            return fused_linear(x, weight, bias, low, mask)
+        if alone:
+            return _inferred(x, weight, bias, low.a.t(), low.b.t(), None, low.scaling, low.gain)
+        down, up = torch.cat([low.a for low in lows]).t(), torch.cat([low.b for low in lows], 1).t()
+        ranks = tuple([low.a.shape[0] for low in lows])
+        if self.route is not None:
+            self.stack = Stack(Seen(*self.adapters), down.to(x.dtype), up.to(x.dtype).contiguous(), ranks)
+        return _inferred(x, weight, bias, down, up, self._mask(x, ranks))
 
-    def _mask(self, x: Tensor, lows: list[LowRank]) -> Tensor:
+    def _mask(self, x: Tensor, ranks: tuple[int, ...]) -> Tensor:
         """Each row's scaling of each part of the stacked rank, 0 where it is another row's: (N or 1, total rank)."""
-        parts = tuple([(name, low.a.shape[0], low.scaling) for name, low in zip(self.names, lows)])
+        last, size, batch = self.mask, x.numel(), x.shape[0]
+        if last is not None and last.of is self.state.masks and last.size == size and last.batch == batch:
+            return last.values
+        parts = tuple([(n, r, adapter.scaling) for n, r, adapter in zip(self.names, ranks, self.adapters)])
         if self.route is None:
-            return self.state.mask(1, parts, x.device, x.dtype)
-        mask = self.state.mask(x.shape[0], parts, x.device, x.dtype)
-        inner = x[..., 0].numel() // x.shape[0]
-        return mask if inner == 1 else mask.repeat_interleave(inner, 0)
+            values = self.state.mask(1, parts, x.device, x.dtype)
+        else:
+            values = self.state.mask(batch, parts, x.device, x.dtype, size // (batch * x.shape[-1]))
+        self.mask = Mask(self.state.masks, size, batch, values)
+        return values
 
 
-_HALF = (torch.float16, torch.bfloat16)
+def _inferred(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    mask: Tensor | None,
+    scaling: float = 1.0,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """The eager form of ``fused_linear`` without dropout, for when nothing needs gradients.
+
+    Args:
+        x: (..., in).
+        weight, bias, mask, scaling, gain: as there.
+        down: a's transpose.
+        up: b's transpose.
+    """
+    if down.dtype is not x.dtype:
+        down, up = down.to(x.dtype), up.to(x.dtype)
+    dims = x.dim()
+    flat = x if dims == 2 else x.reshape(-1, down.shape[0])
+    y, h = F.linear(flat, weight, bias), flat.mm(down)
+    if mask is not None:
+        h.mul_(mask)
+    y.addmm_(h, up, alpha=scaling)
+    if gain is not None:
+        gain = gain.to(y.dtype)
+        y.mul_(gain)
+        if bias is not None:
+            y.addcmul_(bias, 1 - gain)
+    return y if dims == 2 else y.view(*x.shape[:-1], -1)
 
 
-def path(host: Adapted, names: list[str], route: tuple[str, ...] | None) -> LowRankPath | None:
+def path(
+    host: Adapted, names: list[str], route: tuple[str, ...] | None, before: LowRankPath | None = None
+) -> LowRankPath | None:
     """The short way for these adapters at this layer, or None where there is none."""
     layer = host.base_layer
     if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
@@ -75,4 +156,4 @@ def path(host: Adapted, names: list[str], route: tuple[str, ...] | None) -> LowR
     with torch.no_grad():  # only asked here; saving tensors now would have a checkpoint count them
         if not all(isinstance(a, Additive) and a.low_rank() is not None for a in adapters):
             return None
-    return LowRankPath(host, names, route)
+    return LowRankPath(host, names, route, before)

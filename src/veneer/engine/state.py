@@ -43,7 +43,8 @@ class State:
     _wrappers: int = 0
     _local: dict[tuple[int, str], float] = field(default_factory=dict)
     _rows: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict)
-    _masks: dict[Any, Tensor] = field(default_factory=dict)
+    masks: dict[Any, Tensor] = field(default_factory=dict)
+    """What ``mask`` found, since the last change."""
 
     def __post_init__(self) -> None:
         self.strengths = self.strengths or {"cpu": torch.zeros(0, 0)}
@@ -58,9 +59,13 @@ class State:
 
     def changed(self) -> None:
         """Have every wrapper decide anew, and every compiled graph see what holds now."""
-        self.version += 1
-        self._masks = {}
+        self.renew()
         self._tell()
+
+    def renew(self) -> None:
+        """Have every wrapper decide anew."""
+        self.version += 1
+        self.masks = {}
 
     # ---- what compiled graphs read ----------------------------------------------------------------------------------
     def enter(self, device: torch.device) -> int:
@@ -152,25 +157,33 @@ class State:
         return times
 
     def mask(
-        self, batch: int, parts: tuple[tuple[str, int, float], ...], device: torch.device, dtype: torch.dtype
+        self,
+        batch: int,
+        parts: tuple[tuple[str, int, float], ...],
+        device: torch.device,
+        dtype: torch.dtype,
+        inner: int = 1,
     ) -> Tensor:
-        """(batch, total rank): a part's scaling where it is the row's own (in a mixed batch), else 0.
+        """(batch * inner, total rank): a part's scaling where it is the row's own (in a mixed batch), else 0.
 
         Args:
             batch: number of rows; 1 without a route, where every part is every row's.
             parts: (adapter, rank, scaling) of each stacked branch.
             device: where the mask is needed.
             dtype: in which dtype.
+            inner: what of a row lies in turn, all of it the same adapter's: tokens.
         """
-        key = (batch, parts, device, dtype)
-        if key not in self._masks:
+        key = (batch, inner, parts, device, dtype)
+        found = self.masks.get(key)
+        if found is None:
             owners: list[str | None] = [None] * batch
             if self.route is not None:
                 times = self.times(batch, len(self.route))
                 owners = [name for name in self.route for _ in range(times)]
             rows = [[s * (owner in (None, name)) for name, r, s in parts for _ in range(r)] for owner in owners]
-            self._masks[key] = torch.tensor(rows, device=device, dtype=dtype)
-        return self._masks[key]
+            found = torch.tensor(rows, device=device, dtype=dtype).repeat_interleave(inner, 0)
+            self.masks[key] = found
+        return found
 
     def send(self, names: Iterable[str] | None) -> None:
         """Route the rows of the batches to come, or stop routing."""

@@ -229,6 +229,8 @@ class Tuner(nn.Module):
         leaving = {name, *(self.roots[name].members if name in self.roots else ())}
         for member in leaving:
             self.state.gains.pop(member, None)
+        if leaving.intersection(self.state.route or ()):
+            self.state.send(None)
         self._frozen -= leaving
         if any(name in host.merged_names for host in self._hosts[name]):
             self.unmerge()
@@ -459,7 +461,9 @@ class Tuner(nn.Module):
             host.lend(host.adapters[wanted[0]].residual if wanted and self.state.enabled else None)
 
     def refresh(self) -> None:
-        """Take note of base weights that starts or files have replaced in adapters that were planted before."""
+        """Take note of tensors that took the place of others in adapters that were planted before."""
+        for host in self._all_hosts():
+            host.settle()
         replaced = [h for h in self._all_hosts() if any(a.residual is not None for a in h.adapters.values())]
         self._split_hosts = list(dict.fromkeys([*self._split_hosts, *replaced]))
         self._settle()
@@ -470,6 +474,8 @@ class Tuner(nn.Module):
         Raises:
             ValueError: an unknown name, or a merged model.
         """
+        if names is not None and tuple(names) == self.state.route:
+            return
         if names is not None:
             self._require(*(n for n in dict.fromkeys(names) if n != BASE))
             if self._merged_hosts:

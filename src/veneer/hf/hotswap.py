@@ -149,6 +149,7 @@ def prepare_model_for_compiled_hotswap(
             _make_room(adapter, room)
         if not isinstance(adapter.scaling, Tensor):
             adapter.scaling = torch.tensor(float(adapter.scaling))
+    tuner_of(model).refresh()
 
 
 def _room(path: str, target_rank: int | None, configs: list[Any]) -> int | None:

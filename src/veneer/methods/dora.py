@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Base, Weight
+from veneer.core.cache import cached
 from veneer.core.sites import Site
 from veneer.methods.lora import Lora, LoraConfig, LoraEmbedding, LoraWeight
 from veneer.ops.lowrank import LowRank
@@ -59,6 +60,9 @@ class Dora(Lora):
     # ---- the norm ---------------------------------------------------------------------------------------------------
     def gain(self) -> Tensor:
         """m / n: (out,), or (experts, out)."""
+        return cached(self, "gain", self._gain, self.site.stored)
+
+    def _gain(self) -> Tensor:
         n = self.norm()
         return self.lora_magnitude_vector.reshape(n.shape) / n.to(self.lora_magnitude_vector)
 
@@ -90,8 +94,7 @@ class Dora(Lora):
     def low_rank(self) -> LowRank | None:
         if type(self) is not Dora or self.site.kernel or self._bias_trains:
             return None  # a trained bias is in the layer's output, but is not to be scaled
-        dropout = self.lora_dropout.p if self.training else 0.0
-        return LowRank(self.lora_A.weight, self.lora_B.weight, self.scaling, dropout, self.lora_B.bias, self.gain())
+        return self._low_rank(self.gain())
 
     # ---- the layer --------------------------------------------------------------------------------------------------
     def forward(self, x: Tensor, base: Base) -> Tensor:

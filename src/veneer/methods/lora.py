@@ -117,11 +117,14 @@ class Lora(Additive):
         return self.branch(x, self.lora_dropout.p if self.training else 0.0)
 
     def low_rank(self) -> LowRank | None:
-        if type(self) is not Lora or self.site.kernel or isinstance(self.scaling, Tensor):
+        return None if type(self) is not Lora or self.site.kernel else self._low_rank()
+
+    def _low_rank(self, gain: Tensor | None = None) -> LowRank | None:
+        if isinstance(self.scaling, Tensor):
             return None
         down, up = self._modules["lora_A"]._parameters, self._modules["lora_B"]._parameters
         dropout = self.lora_dropout.p if self.training else 0.0
-        return LowRank(down["weight"], up["weight"], self.scaling, dropout, up["bias"])
+        return LowRank(down["weight"], up["weight"], self.scaling, dropout, up["bias"], gain)
 
     def branch(self, x: Tensor, dropout: float = 0.0) -> Tensor:
         """``s B A drop(x)``."""
