@@ -126,6 +126,28 @@ def test_a_folder_embeds_by_itself(trained):
     assert float(anna.norm()) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_the_plans_activations_are_those_that_autograd_keeps(task, trained):
+    prepared = trained(task)[0]
+    model = build(prepared).train()
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = (tensor.untyped_storage().nbytes(), tensor)
+        return tensor
+
+    longest = sorted(prepared.train.rows, key=lambda row: -len(row["input_ids"]))[:8]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        prepared.task.losses(prepared, model)(model, prepared.collate(longest))
+    assert make(prepared).memory.activations == pytest.approx(sum(size for size, _ in kept.values()), rel=0.25)
+
+
+def test_every_adapted_place_of_an_embedding_model_learns(trained):
+    assert not any("pooler" in group.name for group in make(trained("embeddings")[0]).groups)
+
+
 # ---- methods and bases -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ class Embeddings(Task):
             raise ValueError(
                 "train.batch_size is 1: an embedding learns from the other texts of its batch; take 8 or more."
             )
+        _leave_pooler(material)
         encoding.limit(config, material.base, tokenizer, material.adapter)
         made = Features(*(_encoded(rows, tokenizer, config) for rows in (material.rows, material.held)))
         made.collate = Together(tokenizer)
@@ -138,6 +139,14 @@ class Embeddings(Task):
         row, tokenizer = prepared.train.rows[0], prepared.tokenizer
         anchor = spelled(tokenizer, row[PARTS[0]], [False] * len(row[PARTS[0]]))
         return [*anchor, ("  ↔  ", False), *spelled(tokenizer, row[PARTS[1]], [True] * len(row[PARTS[1]]))]
+
+
+def _leave_pooler(material: Material) -> None:
+    """Keep "all-linear" from the layer behind an encoder's first token, which our vectors do not pass through."""
+    adapter, block = material.adapter, material.config.adapter
+    everywhere = getattr(adapter, "target_modules", None) == "all-linear" and "start" not in block
+    if everywhere and not getattr(adapter, "exclude_modules", True):
+        material.config.adapter = {**block, "exclude_modules": ["pooler.dense"]}
 
 
 def pool(hidden: Tensor, mask: Tensor, how: str = "mean") -> Tensor:
