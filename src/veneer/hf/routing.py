@@ -72,12 +72,12 @@ def watched(model: nn.Module, adapter_name: str = "default") -> Iterator[Tally]:
     adapters, tally = list(tuner.adapters(adapter_name)), Tally()
     modes: list[bool] = []
 
-    def before(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         modes[:] = [a.training for _, a in adapters]
         for _, adapter in adapters:
             adapter.training = True  # it alone, no dropout in it: has it keep its gates
 
-    def after(_: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+    def after(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         restore()
         for path, gates in _gates(adapters, tuner.roots.get(adapter_name)):
             tally.add(path, gates, kwargs.get("attention_mask"))

@@ -128,7 +128,9 @@ def _run(folder: Path) -> dict[str, Any]:
 
 def split(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     """(options of the method, the other words): ``--adapter.density 0.5`` is ``{"density": 0.5}``."""
-    options, rest, words = {}, [], list(words)
+    options: dict[str, Any] = {}
+    rest: list[str] = []
+    words = list(words)
     while words:
         taken = [words.pop(0)]
         if taken[0].startswith("--") and "=" not in taken[0] and words and not words[0].startswith("--"):
