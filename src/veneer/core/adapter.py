@@ -51,6 +51,8 @@ class Adapter(nn.Module):
     """``forward`` takes ``call=(args, kwargs)`` too: what the layer was called with besides its input."""
     looks_around: ClassVar[bool] = False
     """``beside`` is to hold the adapters of the same layer, this one among them, by name."""
+    dense: ClassVar[bool] = False
+    """Its change is a matrix of the weight's size. Where nothing needs gradients, the sum of both is kept instead."""
     switches: ClassVar[bool] = False
     """A compiled graph may run it at strength zero where it is off, so that switching it compiles nothing anew."""
     beside: Any = None

@@ -47,14 +47,14 @@ class Seen:
         return self.countable and [t._version for t in self.tensors] == self.versions
 
 
-def cached(owner: nn.Module, name: str, make: Callable[[], T], *others: Tensor) -> T:
+def cached(owner: nn.Module, name: str, make: Callable[[], T], *others: Tensor | nn.Module | None) -> T:
     """``make()``, kept in eval mode without gradients for as long as the tensors it reads hold the same values.
 
     Args:
         owner: the module whose parameters and buffers ``make`` reads.
         name: what is computed; one value is kept for each name.
         make: computes it.
-        others: the tensors besides that ``make`` reads.
+        others: the tensors and modules besides that ``make`` reads.
 
     Returns:
         The kept value, or a fresh one: always in training, with gradients, while compiling, and for tensors made in
@@ -62,9 +62,11 @@ def cached(owner: nn.Module, name: str, make: Callable[[], T], *others: Tensor) 
     """
     if owner.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return make()
-    kept: dict[str, tuple[Seen, tuple[Tensor, ...], Any]] = owner.__dict__.setdefault("_kept", {})
+    kept: dict[str, tuple[Seen, tuple, Any]] = owner.__dict__.setdefault("_kept", {})
     known = kept.get(name)
     if known is not None and known[0].still() and all(map(is_, known[1], others)):
         return known[2]
-    kept[name] = (Seen(owner, tensors=others), others, make())
+    modules = [module for module in others if isinstance(module, nn.Module)]
+    seen = Seen(owner, *modules, tensors=tuple([t for t in others if isinstance(t, Tensor)]))
+    kept[name] = (seen, others, make())
     return kept[name][2]

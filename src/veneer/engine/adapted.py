@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from veneer.core import quant
 from veneer.core.adapter import Adapter, Base, Reweight, Weight
+from veneer.core.cache import cached
 from veneer.core.sites import Parameters, Site
 from veneer.engine import experts_path
 from veneer.engine.compiled import switched, twins
@@ -46,6 +47,7 @@ class Adapted(nn.Module):
         self._path: LowRankPath | None = None
         self.train(base_layer.training)
 
+        self._alone: tuple[Adapter, ...] = ()
     # ---- forward ----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         compiling = is_compiling()
@@ -64,6 +66,12 @@ class Adapted(nn.Module):
                 return y
         if state.route is not None:
             return self._mixed(state.route, args, kwargs)
+        if self._alone and plain:
+            adapter, layer = self._alone[0], self._modules["base_layer"]
+            if adapter.dense and not compiling and self._keeps_sum(adapter, layer):
+                own = layer._parameters.values()
+                return self.site(args[0], *cached(adapter, "sum", lambda: self._sum(adapter), *own))
+            return adapter(args[0], layer)
         if not self._names:
             return self._modules["base_layer"](*args, **kwargs)
         x, args = self._first(args, kwargs)
@@ -108,6 +116,25 @@ class Adapted(nn.Module):
         self._path = path(self, self._names, state.route, self._path) if self._names else None
 
     def _first(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple]:
+        alone = self.adapters[self._names[0]] if state.route is None and len(self._names) == 1 else None
+        self._alone = (alone,) if alone is not None and self._just_stands_around(alone) else ()
+
+    def _sum(self, adapter: Adapter) -> Weight:
+        return adapter.merged(self.site.weight, self.site.bias)
+
+    @staticmethod
+    def _keeps_sum(adapter: Adapter, layer: nn.Module) -> bool:
+        """Whether weight + change may stand in for both: nothing trains, and the sum rounds no more than they do."""
+        if adapter.training or torch.is_grad_enabled() or layer._forward_hooks or layer._forward_pre_hooks:
+            return False
+        weight = layer._parameters.get("weight")
+        return weight is not None and weight.dtype in (torch.float32, torch.float64)
+
+    def _just_stands_around(self, adapter: Adapter) -> bool:
+        """Whether the adapter needs nothing but the layer's input and the layer."""
+        build, inside = type(adapter), isinstance(adapter, Reweight) or not self.site.maps_input
+        copies = build.replacement is not Adapter.replacement or build.overrides is not Adapter.overrides
+        return not (inside or copies or build.reads_call)
         if args:
             return args[0], args[1:]
         first = self.site.first if self.site.first in kwargs else next(iter(kwargs))

@@ -30,7 +30,8 @@ class Stack(NamedTuple):
     """a's transpose, (in, total rank)."""
     up: Tensor
     """b's transpose, (total rank, out)."""
-    ranks: tuple[int, ...]
+    parts: tuple[tuple[str, int, float], ...]
+    """(adapter, rank, scaling) of each."""
 
 
 class Mask(NamedTuple):
@@ -61,7 +62,9 @@ class LowRankPath:
         self.adapters: list[Additive] = [host.adapters[name] for name in names]
         self.device = self.layer.weight.device.type
         self.mask: Mask | None = None
-        self.stack = before.stack if before is not None and before.adapters == self.adapters else None
+        self.scalings = [getattr(adapter, "scaling", None) for adapter in self.adapters]
+        same = before is not None and before.adapters == self.adapters and before.scalings == self.scalings
+        self.stack: Stack | None = before.stack if before is not None and same else None
 
     def __call__(self, x: Tensor) -> Tensor | None:
         layer = self.layer
@@ -72,7 +75,7 @@ class LowRankPath:
             return None
         bias, trains = layer._parameters["bias"], torch.is_grad_enabled()
         if self.stack is not None and not trains and self.stack.seen.unwritten():
-            return _inferred(x, weight, bias, self.stack.down, self.stack.up, self._mask(x, self.stack.ranks))
+            return _inferred(x, weight, bias, self.stack.down, self.stack.up, self._mask(x, self.stack.parts))
         lows: list[LowRank] = []
         alone = self.route is None and len(self.adapters) == 1
         for adapter in self.adapters:
@@ -85,22 +88,25 @@ class LowRankPath:
                 return None
             lows.append(low)
         if trains or low.dropout:
-            low, mask = (low, None) if alone else (joined(lows), self._mask(x, tuple([low.a.shape[0] for low in lows])))
+            low, mask = (low, None) if alone else (joined(lows), self._mask(x, self._parts(lows)))
             return fused_linear(x, weight, bias, low, mask)
         if alone:
             return _inferred(x, weight, bias, low.a.t(), low.b.t(), None, low.scaling, low.gain)
         down, up = torch.cat([low.a for low in lows]).t(), torch.cat([low.b for low in lows], 1).t()
-        ranks = tuple([low.a.shape[0] for low in lows])
+        parts = self._parts(lows)
         if self.route is not None:
-            self.stack = Stack(Seen(*self.adapters), down.to(x.dtype), up.to(x.dtype).contiguous(), ranks)
-        return _inferred(x, weight, bias, down, up, self._mask(x, ranks))
+            shared = [adapter.shared for adapter in self.adapters if adapter.shared is not None]
+            self.stack = Stack(Seen(*self.adapters, *shared), down.to(x.dtype), up.to(x.dtype).contiguous(), parts)
+        return _inferred(x, weight, bias, down, up, self._mask(x, parts))
 
-    def _mask(self, x: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    def _parts(self, lows: list[LowRank]) -> tuple[tuple[str, int, float], ...]:
+        return tuple([(name, low.a.shape[0], low.scaling) for name, low in zip(self.names, lows)])
+
+    def _mask(self, x: Tensor, parts: tuple[tuple[str, int, float], ...]) -> Tensor:
         """Each row's scaling of each part of the stacked rank, 0 where it is another row's: (N or 1, total rank)."""
         last, size, batch = self.mask, x.numel(), x.shape[0]
         if last is not None and last.of is self.state.masks and last.size == size and last.batch == batch:
             return last.values
-        parts = tuple([(n, r, adapter.scaling) for n, r, adapter in zip(self.names, ranks, self.adapters)])
         if self.route is None:
             values = self.state.mask(1, parts, x.device, x.dtype)
         else:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Additive
+from veneer.core.cache import cached
 from veneer.core.config import LayerConfig, newer
 from veneer.core.registry import method
 from veneer.core.sites import Site
@@ -81,10 +82,14 @@ class C3A(Additive):
         if self.site.kernel or self.site.kind == "embedding":
             return super().delta(x)
         wide = torch.promote_types(x.dtype, torch.float32)  # no transform in half precision
-        w = torch.fft.rfft(self.c3a_kernel.to(wide)).conj()  # (out/b, in/b, f)
+        w = cached(self, "spectrum", self.spectrum).conj()
         h = torch.fft.rfft(x.to(wide).unflatten(-1, (-1, self.b)))  # (..., in/b, f)
         y = torch.fft.irfft(torch.einsum("oif,...if->...of", w, h), n=self.b).flatten(-2)
         return (y / self.width).to(x.dtype)
+
+    def spectrum(self) -> Tensor:
+        """The kernel's transform, (out/b, in/b, f)."""
+        return torch.fft.rfft(self.c3a_kernel.to(torch.promote_types(self.c3a_kernel.dtype, torch.float32)))
 
     def delta_weight(self) -> Tensor:
         i = torch.arange(self.b, device=self.c3a_kernel.device)

@@ -17,11 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Additive
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import columns, factored, input_dropout
+from veneer.methods.sides import Factored, columns, input_dropout
 
 LEAST = 1e-4
 """Norms below this count as this."""
@@ -62,8 +61,10 @@ class DeloraConfig(LayerConfig):
 
 
 @method("DELORA", DeloraConfig)
-class Delora(Additive):
+class Delora(Factored):
     """A low-rank change of fixed direction norms, with one trained strength."""
+
+    dropout = "module_dropout"
 
     def __init__(self, site: Site, config: DeloraConfig):
         super().__init__(site, config)
@@ -85,11 +86,3 @@ class Delora(Additive):
         n = b.norm(dim=0)
         unit = torch.where(n < LEAST, b + (b / LEAST - b).detach(), b / n.clamp_min(LEAST))
         return a * self.delora_w_norm.to(a), unit * (self.delora_lambda / self.r)
-
-    def delta(self, x: Tensor) -> Tensor:
-        x = self.module_dropout(x) if x.is_floating_point() else x
-        return factored(self.site, x, *self.factors())
-
-    def delta_weight(self) -> Tensor:
-        a, b = self.factors()
-        return (b @ a).reshape(self.site.shape)

@@ -79,6 +79,8 @@ def places(rows: int, width: int, n: int, seed: int, path: str) -> Tensor:
 class Spectral(Additive):
     """A change given by n trained entries of a transform, at places that a seed decides."""
 
+    dense = True
+
     spectrum: ClassVar[str]
 
     def __init__(self, site: Site, n: int, scaling: float, seed: int, start: Tensor):

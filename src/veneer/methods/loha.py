@@ -108,6 +108,8 @@ class Lycoris(Additive):
 class LoHa(Lycoris):
     """The Hadamard product of two low-rank matrices."""
 
+    dense = True
+
     def __init__(self, site: Site, config: LoHaConfig):
         super().__init__(site, config)
         r, out = config.r, site.out_features

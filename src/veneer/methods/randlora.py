@@ -17,11 +17,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Additive
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import columns, factored, input_dropout
+from veneer.methods.sides import Factored, columns, input_dropout
 
 
 @dataclass
@@ -98,8 +97,10 @@ class Bases(nn.Module):
 
 
 @method("RANDLORA", RandLoraConfig)
-class RandLora(Additive):
+class RandLora(Factored):
     """Trained diagonals between shared random bases."""
+
+    dropout = "randlora_dropout"
 
     @classmethod
     def plan(cls, config: RandLoraConfig, sites: Sequence[Site]) -> Bases:
@@ -128,14 +129,6 @@ class RandLora(Additive):
         a = shared.randlora_A[:, :, : self.short] * self.randlora_lambda.unsqueeze(-1)  # (r, N, short)
         a = self.scaling * (a * self.randlora_gamma).flatten(0, 1)  # and the peer's files take every r-th
         return (a, b) if columns(self.site) == self.short else (b.mT, a.mT)
-
-    def delta(self, x: Tensor) -> Tensor:
-        x = self.randlora_dropout(x) if x.is_floating_point() else x
-        return factored(self.site, x, *self.factors())
-
-    def delta_weight(self) -> Tensor:
-        a, b = self.factors()
-        return (b @ a).reshape(self.site.shape)
 
     # ---- the peer's files repeat the shared bases at each layer -----------------------------------------------------
     def outgoing(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -59,6 +59,8 @@ class ShiraConfig(LayerConfig):
 class Sparse(Additive):
     """A change that is zero but for some entries."""
 
+    dense = True
+
     def places(self) -> Tensor:
         """Where they are, (2, n) in the weight as a matrix."""
         raise NotImplementedError

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, Base, Reweight, Weight
+from veneer.core.adapter import Adapter, Additive, Base, Reweight, Weight
+from veneer.core.cache import cached
 from veneer.core.sites import Site
+from veneer.ops.lowrank import LowRank
 
 
 def columns(site: Site) -> int:
@@ -68,6 +70,33 @@ def factored(site: Site, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if getattr(site, "groups", 1) > 1:
         return site(x, (b @ a).reshape(site.shape))
     return up(site, down(site, x, a), b)
+
+
+class Factored(Additive):
+    """W' = W + B A, from factors that are computed: a method writes ``factors``, and names its input's dropout."""
+
+    dropout: ClassVar[str]
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r), scales included."""
+        raise NotImplementedError
+
+    def known_factors(self) -> tuple[Tensor, Tensor]:
+        """``factors``, in eval mode computed once."""
+        return cached(self, "factors", self.factors, self.shared)
+
+    def low_rank(self) -> LowRank | None:
+        if self.site.kind != "linear":
+            return None
+        return LowRank(*self.known_factors(), 1.0, getattr(self, self.dropout).p if self.training else 0.0)
+
+    def delta(self, x: Tensor) -> Tensor:
+        x = getattr(self, self.dropout)(x) if x.is_floating_point() else x
+        return factored(self.site, x, *self.known_factors())
+
+    def delta_weight(self) -> Tensor:
+        a, b = self.factors()
+        return (b @ a).reshape(self.site.shape)
 
 
 class Rotation(Adapter):

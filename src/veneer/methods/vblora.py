@@ -16,11 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Additive
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import columns, factored, input_dropout
+from veneer.methods.sides import Factored, columns, input_dropout
 
 
 @dataclass
@@ -68,8 +67,10 @@ class Bank(nn.Module):
 
 
 @method("VBLORA", VBLoRAConfig)
-class VBLoRA(Additive):
+class VBLoRA(Factored):
     """Low-rank factors made of stretches from the bank."""
+
+    dropout = "vblora_dropout"
 
     zero_start = False
 
@@ -103,14 +104,6 @@ class VBLoRA(Additive):
         """A (r, in), B (out, r): dW = B A."""
         a = self.mixed(self.vblora_logits_A).flatten(1)
         return a, self.mixed(self.vblora_logits_B).mT.flatten(0, 1)  # (out/v, r, v) -> (out/v, v, r) -> (out, r)
-
-    def delta(self, x: Tensor) -> Tensor:
-        x = self.vblora_dropout(x) if x.is_floating_point() else x
-        return factored(self.site, x, *self.factors())
-
-    def delta_weight(self) -> Tensor:
-        a, b = self.factors()
-        return (b @ a).reshape(self.site.shape)
 
     # ---- files that hold the chosen vectors alone -------------------------------------------------------------------
     def outgoing(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,11 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Additive
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import columns, factored, input_dropout
+from veneer.methods.sides import Factored, columns, input_dropout
 
 
 @dataclass
@@ -81,8 +80,10 @@ class Projections(nn.Module):
 
 
 @method("VERA", VeraConfig)
-class Vera(Additive):
+class Vera(Factored):
     """Two trained vectors around the shared random matrices."""
+
+    dropout = "vera_dropout"
 
     @classmethod
     def plan(cls, config: VeraConfig, sites: Sequence[Site]) -> Projections:
@@ -105,11 +106,3 @@ class Vera(Additive):
         """A (r, in), B (out, r), scaled: dW = B A."""
         a, b = self.shared.cut(self.site)
         return self.vera_lambda_d[:, None] * a, self.vera_lambda_b[:, None] * b
-
-    def delta(self, x: Tensor) -> Tensor:
-        x = self.vera_dropout(x) if x.is_floating_point() else x
-        return factored(self.site, x, *self.factors())
-
-    def delta_weight(self) -> Tensor:
-        a, b = self.factors()
-        return (b @ a).reshape(self.site.shape)

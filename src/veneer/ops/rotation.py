@@ -60,10 +60,10 @@ def neumann(q: Tensor, terms: int) -> Tensor:
 def turn(v: Tensor, blocks: Tensor) -> Tensor:
     """v R for a block-diagonal R: (..., n b), (n, b, b) -> (..., n b); one block serves all where n is 1."""
     n, b, _ = blocks.shape
-    parts = v.reshape(*v.shape[:-1], -1, b)
     if n == 1:
-        return (parts @ blocks[0]).reshape(v.shape)
-    return torch.einsum("...ni,nij->...nj", parts, blocks).reshape(v.shape)
+        return (v.reshape(-1, b) @ blocks[0]).reshape(v.shape)
+    parts = v.reshape(-1, n, b).transpose(0, 1)  # (n, N, b)
+    return parts.bmm(blocks).transpose(0, 1).reshape(v.shape)
 
 
 def reflections(u: Tensor) -> tuple[Tensor, Tensor]:
