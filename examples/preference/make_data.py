@@ -57,7 +57,7 @@ def sums(count: int = 200) -> list[dict[str, str]]:
     rows = []
     for _ in range(count):
         a, b = random.randint(1, 9), random.randint(1, 9)
-        asked = f"What is {a} + {b}? End your reply with 'Answer:' and the number."
+        asked = f"What is {a} + {b}? Reply in one line."
         rows.append({"prompt": asked, "answer": str(a + b)})
     return rows
 

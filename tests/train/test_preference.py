@@ -10,9 +10,9 @@ from torch.nn import functional as F
 
 from veneer.train import adapters, models, recipes
 from veneer.train.config import ConfigError
+from veneer.train.orpo import orpo
 from veneer.train.plan import make
 from veneer.train.preference import weights
-from veneer.train.preference_trainers import orpo
 from veneer.train.prepare import build, prepare
 from veneer.train.trainer import checkpoints
 

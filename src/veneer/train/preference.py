@@ -1,25 +1,20 @@
-"""Learning from comparisons: the tasks dpo, kto, orpo and reward."""
+"""Learning from comparisons: what its tasks share, and the tasks dpo and kto."""
 
 from __future__ import annotations
 
-import os
-from collections import defaultdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import TrainingArguments
 
-from veneer.train import preference_rows
+from veneer.train import distributed, preference_rows
 from veneer.train import preference_tokens as tokens
 from veneer.train import preference_trainers as trainers
 from veneer.train.evaluate import pad_token
 from veneer.train.policy import as_now, bare, checkpointing, measured
-from veneer.train.preference_trainers import OrpoTrainer, PairCollate, answer_logprobs, orpo
-from veneer.train.reward_model import rewards, scored
+from veneer.train.preference_trainers import PairCollate, answer_logprobs
 from veneer.train.sft import Sft, fits
-from veneer.train.tasks import LOSS, Features, Material, Metric, asked, asked_of, batch_size, largest
+from veneer.train.tasks import LOSS, Features, Material, Metric, asked, asked_of, largest
 from veneer.train.trainer import Collate, Losses
 
 if TYPE_CHECKING:
@@ -208,137 +203,6 @@ class Kto(Preference):
         ]
 
 
-class Reward(Preference):
-    """A model that gives a number to an answer (Bradley and Terry): more to the chosen one than to the rejected one."""
-
-    adapter_type = "SEQ_CLS"
-    auto = "AutoModelForSequenceClassification"
-    metrics = (LOSS, Metric("accuracy", True), Metric("margin", True))
-    prompts = "pairs"
-
-    def features(self, material: Material) -> Features:
-        """With one number at the end of the base."""
-        self.settle(material.config, material.base, material.tokenizer)
-        return super().features(material)
-
-    def settle(self, config: Any, base: Any, tokenizer: Any) -> Any:
-        """One number, read at the last token before the padding."""
-        base.num_labels, base.pad_token_id = 1, pad_token(tokenizer)
-        return base
-
-    def respond(self, config: Any, tokenizer: Any, model: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """``reward``, the number of a row's ``answer`` or ``completion``, or of the last turn of its ``messages``."""
-        found = scored(model, tokenizer, [_said(row) for row in rows], config.data)
-        return [{"answer": row.get("answer", ""), "reward": value} for row, value in zip(rows, found, strict=True)]
-
-    def learning_rate(self, adapter: Any, hidden: int | None) -> float:
-        """SFT's: there is a head to learn, and no language to lose."""
-        return Sft.learning_rate(self, adapter, hidden)
-
-    def settings(self, prepared: Prepared) -> dict[str, Any]:
-        """Whether rewards are kept around zero."""
-        return {"center_rewards_coefficient": prepared.config.preference.centre}
-
-    def losses(self, prepared: Prepared, model: Any) -> Losses:
-        """-log sigmoid(reward of the chosen - reward of the rejected)."""
-
-        def total(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-            chosen, rejected = rewards(model, batch).chunk(2)
-            return -torch.nn.functional.logsigmoid(chosen - rejected).sum(), torch.tensor(len(batch["labels"]))
-
-        return total
-
-    def questions(self, prepared: Prepared) -> list[tuple[str, str]]:
-        """Pairs: which one is to have the higher reward."""
-        source = asked_of(prepared)
-        decode = partial(prepared.tokenizer.decode, skip_special_tokens=True)
-        found = []
-        for i in asked(prepared):
-            row = source.rows[i]
-            found.append((source.sources[i].question, f"{decode(row['chosen_ids'])}  >  {decode(row['rejected_ids'])}"))
-        return found
-
-    @torch.no_grad()
-    def answers(self, prepared: Prepared, model: Any) -> list[str]:
-        """Both rewards of each pair."""
-        source, device, training = asked_of(prepared), next(model.parameters()).device, model.training
-        model.eval()
-        found = []
-        for i in asked(prepared):
-            batch = {k: v.to(device) for k, v in prepared.collate([source.rows[i]]).items()}
-            chosen, rejected = rewards(model, batch).tolist()
-            found.append(f"{chosen:.2f}  {'>' if chosen > rejected else '<'}  {rejected:.2f}")
-        model.train(training)
-        return found
-
-    def compared_with(self, prepared: Prepared) -> list[tuple[str, str]]:
-        """Nothing: rewards stand for themselves."""
-        return []
-
-
-def _said(row: dict[str, Any]) -> tuple[Any, Any]:
-    """(prompt, answer) of a row."""
-    if isinstance(row.get("messages"), list):
-        return row["messages"][:-1], row["messages"][-1:]
-    answer = row.get("answer", row.get("completion"))
-    if "prompt" not in row or answer is None:
-        raise ValueError("A reward model reads rows with 'prompt' and 'answer', or with 'messages' that end with it.")
-    return row["prompt"], answer
-
-
-class Orpo(Preference):
-    """SFT on the chosen answer with a term against the rejected one (Hong et al. 2024); there is no reference."""
-
-    losses_known = ("orpo",)
-
-    def losses(self, prepared: Prepared, model: Any) -> Losses:
-        """See ``preference_trainers.orpo``."""
-        return partial(self._losses, prepared.config.preference.beta, defaultdict(list))
-
-    def _losses(
-        self, weight: float, figures: defaultdict[str, list[float]], model: Any, batch: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        loss, found = orpo(answer_logprobs(model, batch), weight)
-        for name, value in found.items():
-            figures[name].append(value.item())
-        return loss, torch.tensor(len(batch["labels"]))
-
-    def trainer(self, prepared: Prepared, model: Any, arguments: dict[str, Any], optimiser: Any) -> Any:
-        """Ours, with this loss."""
-        figures: defaultdict[str, list[float]] = defaultdict(list)
-        made = OrpoTrainer(
-            model,
-            TrainingArguments(**arguments),
-            prepared.collate,
-            prepared.feed,
-            prepared.held.rows if len(prepared.held) else None,
-            optimizers=(optimiser, None),
-            losses=partial(self._losses, prepared.config.preference.beta, figures),
-            measure=partial(self.measure, prepared, model),
-        )
-        made.figures = figures
-        return made
-
-    @torch.no_grad()
-    def measure(self, prepared: Prepared, model: Any, trainer: Any) -> dict[str, float]:
-        """The loss and the figures over all held-out pairs."""
-        rows, training = prepared.held.rows, model.training
-        size, device = batch_size(prepared), next(model.parameters()).device
-        model.eval()
-        parts = []
-        for start in range(0, len(rows), size):
-            batch = {k: v.to(device) for k, v in prepared.collate(rows[start : start + size]).items()}
-            parts.append(answer_logprobs(model, batch).chunk(2))
-        model.train(training)
-        both = torch.cat([torch.cat(side) for side in zip(*parts, strict=True)])
-        loss, figures = orpo(both, prepared.config.preference.beta)
-        return {"loss": loss.item() / len(rows), **{name: value.item() for name, value in figures.items()}}
-
-    def compared_with(self, prepared: Prepared) -> list[tuple[str, str]]:
-        """Nothing: that is the point of it."""
-        return [("reference", "none; the answers' odds are compared with each other")]
-
-
 def weights(balance: Any, rows: list[dict[str, Any]]) -> tuple[float, float]:
     """KTO's weights of good and bad rows; ``auto`` makes both kinds count alike, by raising the rarer one's."""
     good = sum(row["label"] for row in rows)
@@ -351,7 +215,7 @@ def weights(balance: Any, rows: list[dict[str, Any]]) -> tuple[float, float]:
 def enough(prepared: Prepared) -> list[dict[str, Any]]:
     """The rows of a run; of rows that the steps will not reach, no reference is worked out."""
     train = prepared.config.train
-    wanted = prepared.schedule.steps * train.batch_size * train.accumulate * int(os.environ.get("WORLD_SIZE", 1))
+    wanted = prepared.schedule.steps * train.batch_size * train.accumulate * distributed.replicas(prepared.config)
     rows = prepared.feed
     if wanted >= len(rows):
         return rows

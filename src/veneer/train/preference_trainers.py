@@ -5,7 +5,6 @@ The reference's log-probabilities are worked out once, before the first step, by
 
 from __future__ import annotations
 
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from veneer.train.policy import Policy, Reference, read, trl
 from veneer.train.preference_tokens import COLUMNS
-from veneer.train.trainer import AdapterTrainer
 
 NAMES = {"dpo": "DPO", "kto": "KTO", "reward": "Reward"}
 
@@ -118,39 +116,3 @@ def answer_logprobs(model: Any, batch: dict[str, Tensor]) -> Tensor:
     kept = logits[:, -batch["input_ids"].shape[1] :][:, places].float()
     each = -F.cross_entropy(kept.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
     return (each * mask).sum(1) / mask.sum(1)
-
-
-def orpo(logprobs: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """ORPO (Hong et al. 2024):  L = -log p(y_w)  -  w log sigmoid(log odds(y_w) - log odds(y_l)),  odds = p / (1 - p),
-
-    with p the geometric mean of an answer's token probabilities.
-
-    Args:
-        logprobs: mean log-probabilities, chosen ones first, (2 pairs,).
-        weight: of the second term, lambda in the paper.
-
-    Returns:
-        The sum over the pairs, and means of what is logged.
-    """
-    chosen, rejected = logprobs.chunk(2)
-    odds_w, odds_l = (p - torch.log1p(-torch.exp(p.clamp(max=-1e-6))) for p in (chosen, rejected))
-    loss = (-chosen - weight * F.logsigmoid(odds_w - odds_l)).sum()
-    return loss, {
-        "rewards/margins": weight * (chosen - rejected).detach().mean(),
-        "rewards/accuracies": (chosen > rejected).float().mean(),
-        "logps/chosen": chosen.detach().mean(),
-        "logps/rejected": rejected.detach().mean(),
-    }
-
-
-class OrpoTrainer(AdapterTrainer):
-    """Logs the figures of the pairs beside their loss. (TRL 1.16 has ORPO among its experiments only.)"""
-
-    figures: defaultdict[str, list[float]]
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The figures' means since the last line."""
-        if "loss" in logs:
-            logs |= {name: sum(values) / len(values) for name, values in self.figures.items()}
-            self.figures.clear()
-        super().log(logs, *args, **kwargs)

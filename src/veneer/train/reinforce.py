@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from veneer.train import distributed, rewards
 from veneer.train import preference_tokens as tokens
-from veneer.train import rewards
 from veneer.train.evaluate import answer, end_tokens, pad_token
 from veneer.train.policy import Policy, Reference, as_now, bare, checkpointing, measured, trl
 from veneer.train.preference import notices
@@ -182,7 +181,7 @@ class Grpo(Sft):
     def facts(self, prepared: Prepared) -> list[tuple[str, str]]:
         """Prompts, rewards, and how answers are drawn."""
         config, rl, train = prepared.config, prepared.config.rl, prepared.train
-        batch = config.train.batch_size * config.train.accumulate * int(os.environ.get("WORLD_SIZE", 1))
+        batch = config.train.batch_size * config.train.accumulate * distributed.replicas(config)
         named = ", ".join(f"{one.use}" + (f" x {one.weight:g}" if one.weight != 1 else "") for one in rl.rewards)
         columns = ", ".join(train.rows[0]["columns"]) or "none"
         what = {"base": "the bare base, which is this model with its adapter off", "start": "the adapter as it starts"}
@@ -229,7 +228,7 @@ def _groups(material: Material) -> None:
         ValueError: it does not, and ``train.accumulate`` is set.
     """
     train, generations = material.config.train, material.config.rl.generations
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    world = distributed.replicas(material.config)
     if not (train.batch_size * train.accumulate * world) % generations:
         return
     fitting = next(n for n in range(1, generations + 1) if not (train.batch_size * n * world) % generations)

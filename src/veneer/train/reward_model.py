@@ -1,18 +1,26 @@
-"""A reward model, trained by ``task: reward``, asked for its numbers."""
+"""Reward models: the task reward, and its models asked for their numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from veneer.train.config import RunConfig
 from veneer.train.evaluate import Session, pad_token
+from veneer.train.preference import Preference
 from veneer.train.preference_rows import Said
 from veneer.train.preference_tokens import answered, ids_of
+from veneer.train.sft import Sft
+from veneer.train.tasks import LOSS, Features, Material, Metric, asked, asked_of
 from veneer.train.tokens import Renderer
+from veneer.train.trainer import Losses
+
+if TYPE_CHECKING:
+    from veneer.train.prepare import Prepared
 
 
 def rewards(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -45,6 +53,84 @@ def scored(
         found += rewards(model, {"input_ids": ids.to(device), "attention_mask": mask.long().to(device)}).tolist()
     model.train(training)
     return found
+
+
+class Reward(Preference):
+    """A model that gives a number to an answer (Bradley and Terry): more to the chosen one than to the rejected one."""
+
+    adapter_type = "SEQ_CLS"
+    auto = "AutoModelForSequenceClassification"
+    metrics = (LOSS, Metric("accuracy", True), Metric("margin", True))
+    prompts = "pairs"
+
+    def features(self, material: Material) -> Features:
+        """With one number at the end of the base."""
+        self.settle(material.config, material.base, material.tokenizer)
+        return super().features(material)
+
+    def settle(self, config: Any, base: Any, tokenizer: Any) -> Any:
+        """One number, read at the last token before the padding."""
+        base.num_labels, base.pad_token_id = 1, pad_token(tokenizer)
+        return base
+
+    def respond(self, config: Any, tokenizer: Any, model: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """``reward``, the number of a row's ``answer`` or ``completion``, or of the last turn of its ``messages``."""
+        found = scored(model, tokenizer, [_said(row) for row in rows], config.data)
+        return [{"answer": row.get("answer", ""), "reward": value} for row, value in zip(rows, found, strict=True)]
+
+    def learning_rate(self, adapter: Any, hidden: int | None) -> float:
+        """SFT's: there is a head to learn, and no language to lose."""
+        return Sft.learning_rate(self, adapter, hidden)
+
+    def settings(self, prepared: Prepared) -> dict[str, Any]:
+        """Whether rewards are kept around zero."""
+        return {"center_rewards_coefficient": prepared.config.preference.centre}
+
+    def losses(self, prepared: Prepared, model: Any) -> Losses:
+        """-log sigmoid(reward of the chosen - reward of the rejected)."""
+
+        def total(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+            chosen, rejected = rewards(model, batch).chunk(2)
+            return -torch.nn.functional.logsigmoid(chosen - rejected).sum(), torch.tensor(len(batch["labels"]))
+
+        return total
+
+    def questions(self, prepared: Prepared) -> list[tuple[str, str]]:
+        """Pairs: which one is to have the higher reward."""
+        source = asked_of(prepared)
+        decode = partial(prepared.tokenizer.decode, skip_special_tokens=True)
+        found = []
+        for i in asked(prepared):
+            row = source.rows[i]
+            found.append((source.sources[i].question, f"{decode(row['chosen_ids'])}  >  {decode(row['rejected_ids'])}"))
+        return found
+
+    @torch.no_grad()
+    def answers(self, prepared: Prepared, model: Any) -> list[str]:
+        """Both rewards of each pair."""
+        source, device, training = asked_of(prepared), next(model.parameters()).device, model.training
+        model.eval()
+        found = []
+        for i in asked(prepared):
+            batch = {k: v.to(device) for k, v in prepared.collate([source.rows[i]]).items()}
+            chosen, rejected = rewards(model, batch).tolist()
+            found.append(f"{chosen:.2f}  {'>' if chosen > rejected else '<'}  {rejected:.2f}")
+        model.train(training)
+        return found
+
+    def compared_with(self, prepared: Prepared) -> list[tuple[str, str]]:
+        """Nothing: rewards stand for themselves."""
+        return []
+
+
+def _said(row: dict[str, Any]) -> tuple[Any, Any]:
+    """(prompt, answer) of a row."""
+    if isinstance(row.get("messages"), list):
+        return row["messages"][:-1], row["messages"][-1:]
+    answer = row.get("answer", row.get("completion"))
+    if "prompt" not in row or answer is None:
+        raise ValueError("A reward model reads rows with 'prompt' and 'answer', or with 'messages' that end with it.")
+    return row["prompt"], answer
 
 
 class RewardModel:

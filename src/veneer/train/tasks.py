@@ -258,8 +258,8 @@ TABLE = {
     "embeddings": "embeddings:Embeddings",
     "dpo": "preference:Dpo",
     "kto": "preference:Kto",
-    "orpo": "preference:Orpo",
-    "reward": "preference:Reward",
+    "orpo": "orpo:Orpo",
+    "reward": "reward_model:Reward",
     "grpo": "reinforce:Grpo",
     "rloo": "reinforce:Rloo",
 }
