@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import transformers
 from rich.console import Console
 
+from veneer.cli.main import main
 from veneer.train import adapters, config, merging, recipes
 from veneer.train.classification import agreement
 from veneer.train.embeddings import pair_losses, pool
@@ -308,3 +309,16 @@ def test_rows_are_cut_to_the_models_positions(encoder, tmp_path):
 def test_settings_of_other_tasks_are_refused_by_name(words, message):
     with pytest.raises(config.ConfigError, match=message):
         config.load(None, [], ["--model", "m", "--data", "d", "--out", "o", *words.split()])
+
+
+def test_rows_of_a_file_are_answered_into_a_file(trained, tmp_path, capsys):
+    rows = [{"text": "in in was awful", "id": 7}, {"text": "went and was fine", "id": 8}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["generate", "--adapter", str(trained("sequence-classification")[2])]
+    main([*words, "--file", str(tmp_path / "in.jsonl"), "--out", str(tmp_path / "out.jsonl")])
+    said = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [(one["id"], one["answer"]) for one in said] == [(7, "bad"), (8, "good")]
+    assert all(0.5 < one["probability"] <= 1 for one in said)
+    with pytest.raises(SystemExit):
+        main(["chat", *words[1:]])
+    assert "cannot chat; ask it with `veneer generate`" in capsys.readouterr().err

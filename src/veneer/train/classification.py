@@ -68,7 +68,9 @@ class SequenceClassification(Task):
         names = classes(config, material.base, train, held, material.notices)
         self.settle(config, material.base, tokenizer)
         encoding.limit(config, material.base, tokenizer, material.adapter)
-        made = Features(*(_encoded(rows, names, tokenizer, config) for rows in (material.rows, material.held)))
+        made = Features(
+            _encoded(material.rows, names, tokenizer, config), _encoded(material.held, names, tokenizer, config)
+        )
         made.collate = encoding.Pad(tokenizer)
         made.renderer = Labels(names, Counter(label for _, label in train))
         material.notices += encoding.notices(made.train, config)

@@ -59,7 +59,7 @@ class Embeddings(Task):
             )
         _leave_pooler(material)
         encoding.limit(config, material.base, tokenizer, material.adapter)
-        made = Features(*(_encoded(rows, tokenizer, config) for rows in (material.rows, material.held)))
+        made = Features(_encoded(material.rows, tokenizer, config), _encoded(material.held, tokenizer, config))
         made.collate = Together(tokenizer)
         material.notices += encoding.notices(made.train, config)
         fits(made.train, material.base, config)

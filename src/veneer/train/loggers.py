@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from veneer.train.config import RunConfig
 PROJECT_VARIABLES = {"wandb": "WANDB_PROJECT", "mlflow": "MLFLOW_EXPERIMENT_NAME"}
 
 
-def check(names: list[str]) -> None:
+def check(names: Sequence[str]) -> None:
     """Refuse loggers that are not installed, before the run begins.
 
     Raises:
@@ -36,8 +37,8 @@ def arguments(config: RunConfig) -> dict[str, Any]:
     return {"report_to": log.report_to or "none", "run_name": name, "project": log.project}
 
 
-def explain(error: Exception, names: list[str]) -> ValueError | None:
-    """A logger's own exception (no key, no server, no place to write) in a sentence, or None if it is not a logger's."""
+def explain(error: Exception, names: Sequence[str]) -> ValueError | None:
+    """A logger's own exception (no key, no server, no room) in a sentence, or None if it is not a logger's."""
     name = type(error).__module__.partition(".")[0]
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return ValueError(f"log.report_to {name} failed: {reason[0]}") if name in names else None

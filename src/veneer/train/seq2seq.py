@@ -35,7 +35,7 @@ class Seq2Seq(Task):
                 "task: sft is for such models."
             )
         encoding.limit(config, base, tokenizer, material.adapter)
-        made = Features(*(_encoded(rows, tokenizer, config) for rows in (material.rows, material.held)))
+        made = Features(_encoded(material.rows, tokenizer, config), _encoded(material.held, tokenizer, config))
         made.collate = encoding.Pad(tokenizer)
         material.notices += encoding.notices(made.train, config)
         if cut := made.train.counts["target_cut"]:

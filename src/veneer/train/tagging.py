@@ -46,7 +46,9 @@ class TokenClassification(Task):
         names = classes(config, material.base, train, held, material.notices)
         self.settle(config, material.base, tokenizer)
         encoding.limit(config, material.base, tokenizer, material.adapter)
-        made = Features(*(_encoded(rows, names, tokenizer, config) for rows in _both(material)))
+        made = Features(
+            _encoded(material.rows, names, tokenizer, config), _encoded(material.held, names, tokenizer, config)
+        )
         made.collate = encoding.Pad(tokenizer)
         made.renderer = Labels(names, Counter(tag for _, tag in train))
         material.notices += encoding.notices(made.train, config)
@@ -183,9 +185,9 @@ def _row(tokenizer: Any, words: list[str], labels: list[int], config: RunConfig)
     seen: set[int] = set()
     placed = []
     for first, end in row.pop("offsets"):
-        word = starts.get(end - 1) if end > first else None  # by its last character: some tokens begin with a blank
-        placed.append(labels[word] if word is not None and word not in seen else IGNORED)
-        seen |= {word} if word is not None else set()
+        of = starts.get(end - 1) if end > first else None  # by its last character: some tokens begin with a blank
+        placed.append(labels[of] if of is not None and of not in seen else IGNORED)
+        seen |= {of} if of is not None else set()
     return {**row, "labels": placed}, length
 
 
