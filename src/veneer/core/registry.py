@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -127,6 +129,27 @@ def auxiliary(option: str) -> Callable[[type], type]:
     return enter
 
 
+def load_others() -> None:
+    """Load the methods of other packages: their entry points in the group ``veneer.methods`` name modules or classes.
+
+    One that cannot be loaded is passed over with a warning: a broken package must not keep others from working.
+    """
+    for point in importlib.metadata.entry_points(group=GROUP):
+        try:
+            point.load()
+        except Exception as error:  # another's code may raise anything
+            package = point.dist.name if point.dist is not None else point.value
+            warnings.warn(
+                f"The method '{point.name}' of the package {package} could not be loaded from {point.value} "
+                f"({type(error).__name__}: {error}); repair or uninstall the package.",
+                stacklevel=2,
+            )
+
+
+GROUP = "veneer.methods"
+"""The group of entry points under which a package offers methods."""
+
+
 def of(peft_type: str) -> Method:
     """The table's row for ``peft_type``.
 
@@ -137,5 +160,6 @@ def of(peft_type: str) -> Method:
         return METHODS[str(peft_type)]
     except KeyError:
         raise ValueError(
-            f"No method is registered for peft_type '{peft_type}'; registered are {', '.join(sorted(METHODS))}."
+            f"No method is registered for peft_type '{peft_type}'; registered are {', '.join(sorted(METHODS))}. A "
+            f"method of another package is there once the package is installed (entry points '{GROUP}')."
         ) from None

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.core import registry
+from veneer.core.adapter import Adapter
+from veneer.core.config import PeftConfig
 from veneer.core.patterns import Expression, Matcher, Names
 from veneer.core.prompt import Prompt
 from veneer.engine.adapted import Adapted
@@ -19,7 +22,7 @@ from veneer.hf import hub
 from veneer.hf.layer_face import PeftLayer
 from veneer.hf.state_dict import tuner_of
 from veneer.hf.tasks import PeftModel
-from veneer.hf.tuner import parameter_prefix
+from veneer.hf.tuner import PREFIXES, parameter_prefix
 
 
 # ---- models with adapters, whatever class they have ---------------------------------------------------------------
@@ -283,13 +286,38 @@ def convert_peft_config_for_transformers(peft_config: Any, model: nn.Module, con
     """Nothing to do: configs are resolved against the model as it is."""
 
 
-def register_peft_method(*, name: str, config_cls: type, model_cls: type, **kwargs: Any) -> None:
-    """Refuses: a method written for the peer wraps layers by itself, which nothing here would run.
+def register_peft_method(
+    *, name: str, config_cls: type, model_cls: type, prefix: str | None = None, is_mixed_compatible: bool = False
+) -> None:
+    """Enter a method of one's own, for this process; ``veneer.core.registry.method`` does the same.
+
+    Args:
+        name: in small letters; its ``peft_type`` is the same in capitals.
+        config_cls: a ``LayerConfig``.
+        model_cls: the ``Adapter`` (or ``Prompt``) class that is one layer's share of the method.
+        prefix: what its parameters' names start with; default: ``<name>_``.
+        is_mixed_compatible: taken for callers of the peer; every method that sits at layers is, here.
 
     Raises:
-        NotImplementedError: always, saying what to write instead.
+        ValueError: a name that is taken, or not in small letters.
+        TypeError: ``config_cls`` is no config.
+        NotImplementedError: a tuner class written for the peer, which wraps layers by itself; the sentence says what
+            to write instead.
     """
-    raise NotImplementedError(
-        f"'{name}' cannot be registered with a tuner class ({model_cls.__name__}): here a method is one Adapter class. "
-        "Write it as in veneer's CONTRIBUTING.md and enter it with veneer.core.registry.method."
-    )
+    if name != name.lower():
+        raise ValueError(f"The PEFT method name should be in lower case letters, not '{name}'.")
+    peft_type = name.upper()
+    if peft_type in registry.METHODS:
+        raise ValueError(f"The PEFT method '{name}' exists already: choose another name.")
+    if not issubclass(config_cls, PeftConfig):
+        raise TypeError(f"config_cls must be a subclass of PeftConfig, not {config_cls.__name__}.")
+    if not issubclass(model_cls, Adapter | Prompt):
+        raise NotImplementedError(
+            f"'{name}' cannot be registered with a tuner class ({model_cls.__name__}): here a method is one Adapter "
+            "class, which any layer is wrapped with. Write it as veneer's docs/extending.md shows."
+        )
+    registry.method(peft_type, config_cls)(model_cls)
+    if config_cls.type is None:
+        config_cls.type = peft_type
+    if prefix is not None:
+        PREFIXES[peft_type] = prefix

@@ -1,4 +1,6 @@
-"""One file a method. Importing this package enters them all into the registry."""
+"""One file a method. Importing this package enters them all into the registry, with those of other packages."""
+
+from veneer.core import registry
 
 from veneer.methods import adalora as adalora
 from veneer.methods import adamss as adamss
@@ -66,3 +68,5 @@ from veneer.methods import velora as velora
 from veneer.methods import vera as vera
 from veneer.methods import waveft as waveft
 from veneer.methods import xlora as xlora
+
+registry.load_others()
