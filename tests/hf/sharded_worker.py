@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from hf import tiny
-from veneer import LoraConfig, PeftModel, get_peft_model
+from veneer import IA3Config, LoraConfig, PeftModel, get_peft_model
 from veneer.hf.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from veneer.methods.mola import MolaConfig
 
@@ -26,6 +26,7 @@ CONFIGS = {
     "lora": lambda: LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]),
     "dora": lambda: LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True),
     "head": lambda: LoraConfig(r=4, target_modules=["q_proj", "lm_head"], modules_to_save=["norm"]),
+    "parallel": lambda: LoraConfig(r=4, target_modules=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
     "mola": lambda: MolaConfig(r=2, experts=4, top_k=2, balance_weight=0.5, target_modules=["q_proj", "up_proj"]),
 }
 
@@ -152,18 +153,104 @@ def keep_from_main(model: PeftModel, folder: Path) -> None:
         model.save_pretrained(folder, state_dict=gathered)
 
 
+def planned(folder: Path) -> torch.nn.Module:
+    """The base, cut up by the plan that transformers has for it."""
+    from transformers import AutoModelForCausalLM
+
+    if dist.get_rank() == 0:
+        tiny.llama().save_pretrained(folder / "base")
+    dist.barrier()
+    return AutoModelForCausalLM.from_pretrained(folder / "base", tp_plan="auto", dtype=torch.float32).eval()
+
+
+def styled(folder: Path) -> torch.nn.Module:
+    """The base, cut up by torch's styles."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    base, mesh = tiny.llama(), init_device_mesh("cpu", (dist.get_world_size(),))
+    columns = [f"self_attn.{n}_proj" for n in "qkv"] + ["mlp.gate_proj", "mlp.up_proj"]
+    plan = {name: ColwiseParallel() for name in columns}
+    plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+    for layer in base.model.layers:
+        parallelize_module(layer, mesh, plan)
+    return base
+
+
+def case_tp(folder: Path, how: str) -> None:
+    make = {"plan": planned, "styles": styled}[how]
+    torch.manual_seed(1 + dist.get_rank())  # process 0's draw counts
+    model = get_peft_model(make(folder), CONFIGS["parallel"]()).train()
+    assert all(same for _, same in agreeing(model))
+    single = build("parallel")
+    drawn = torch.Generator().manual_seed(5)
+    start = {k: 0.1 * torch.randn(v.shape, generator=drawn) for k, v in get_peft_model_state_dict(model).items()}
+    set_peft_model_state_dict(model, start, strict=True)
+    set_peft_model_state_dict(single, get_peft_model_state_dict(model), strict=True)
+    ids = batches()[0]
+    for each in (single, model):
+        each(input_ids=ids, labels=ids).loss.backward()
+    for (name, own), (_, wanted) in zip(trained(model), trained(single), strict=True):
+        grad = own.grad.full_tensor() if hasattr(own.grad, "full_tensor") else own.grad
+        torch.testing.assert_close(grad, wanted.grad, rtol=1e-4, atol=1e-6, msg=name)
+    model.zero_grad(), single.zero_grad()
+    train(model, batches(), model.base_model), train(single, batches(), single.base_model)
+    for (name, own), (_, wanted) in zip(trained(model), trained(single), strict=True):
+        full = own.full_tensor() if hasattr(own, "full_tensor") else own
+        torch.testing.assert_close(full, wanted, rtol=1e-4, atol=1e-5, msg=name)
+    model.eval(), single.eval()
+    with torch.no_grad():
+        logits = model(input_ids=tiny.IDS).logits
+        torch.testing.assert_close(logits, single(input_ids=tiny.IDS).logits, rtol=1e-4, atol=1e-5)
+        with model.disable_adapter():
+            torch.testing.assert_close(model(input_ids=tiny.IDS).logits, tiny.llama()(input_ids=tiny.IDS).logits)
+        text = model.generate(input_ids=tiny.IDS, max_new_tokens=3, do_sample=False)
+        assert torch.equal(text, single.generate(input_ids=tiny.IDS, max_new_tokens=3, do_sample=False))
+    model.save_pretrained(folder, is_main_process=dist.get_rank() == 0)
+    dist.barrier()
+    for lean in (False, True):
+        again = PeftModel.from_pretrained(make(folder), folder, low_cpu_mem_usage=lean).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(again(input_ids=tiny.IDS).logits, logits)
+    if dist.get_rank() == 0:
+        torch.save(logits, folder / "logits.pt")
+    said = {"merge": refusal(model.merge_adapter)}
+    for what, config in {
+        "dora": LoraConfig(target_modules=["q_proj"], use_dora=True),
+        "dropout": LoraConfig(target_modules=["q_proj"], lora_dropout=0.1),
+        "start": LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"),
+        "ia3": IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+    }.items():
+        said[what] = refusal(lambda config=config: model.add_adapter("late", config))
+    if dist.get_rank() == 0:
+        torch.save(said, folder / "said.pt")
+
+
+def agreeing(model: PeftModel) -> list[tuple[str, bool]]:
+    """Whether a factor has the same values on both processes."""
+    both = [None, None]
+    dist.all_gather_object(both, {k: v.clone() for k, v in get_peft_model_state_dict(model).items()})
+    return [(key, torch.equal(value, both[1][key])) for key, value in both[0].items()]
+
+
+def trained(model: PeftModel) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
+def refusal(call) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
 def case_refusals(folder: Path) -> None:
     model = shard(build("lora"))
-    said = {}
-    for what, call in {
-        "add": lambda: model.add_adapter("late", CONFIGS["lora"]()),
-        "merge": model.merge_adapter,
-    }.items():
-        try:
-            call()
-            said[what] = "nothing"
-        except ValueError as error:
-            said[what] = str(error)
+    said: dict = {
+        "add": refusal(lambda: model.add_adapter("late", CONFIGS["lora"]())),
+        "merge": refusal(model.merge_adapter),
+    }
     model.eval()(input_ids=tiny.IDS)  # a refusal leaves a model that still runs
     said["adapters"] = list(model.peft_config)
     if dist.get_rank() == 0:

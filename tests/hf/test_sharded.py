@@ -25,6 +25,9 @@ FILE = "adapter_model.safetensors"
 FSDP = ["lora", "lora:bfloat16", "head", "dora", "dora:float32:eval", "mola"]
 """method, dtype of the base, and the mode to train in: DoRA remembers norms in eval mode."""
 
+TP = ["styles", "plan"]
+"""Who cuts up the base: torch's ``parallelize_module``, or transformers' ``tp_plan``."""
+
 
 def two_processes(folder: Path, *cases: str) -> Path:
     """Run the worker twice, as ``torchrun --nproc-per-node 2`` would; both must come to a good end."""
@@ -55,7 +58,12 @@ def two_processes(folder: Path, *cases: str) -> Path:
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Everything the two processes do, in one start of them: importing is what takes long."""
     folder = tmp_path_factory.mktemp("two")
-    cases = [*(f"ddp:{m}" for m in ("lora", "mola")), *(f"fsdp:{m}" for m in FSDP), "refusals"]
+    cases = [
+        *(f"ddp:{m}" for m in ("lora", "mola")),
+        *(f"fsdp:{m}" for m in FSDP),
+        *(f"tp:{how}" for how in TP),
+        "refusals",
+    ]
     return two_processes(folder, *cases)
 
 
@@ -114,6 +122,26 @@ def test_what_cannot_be_done_sharded_is_refused_in_a_sentence(results):
     assert "Add the adapter first, then shard" in said["add"]
     assert "merge it in one process" in said["merge"]
     assert said["adapters"] == ["default"]
+
+
+# ---- tensor parallelism: forward, gradients and training are compared inside the processes -------------------------
+@pytest.mark.parametrize("how", TP)
+def test_what_tensor_parallel_processes_saved_loads_in_one(results, how):
+    folder = results / f"tp-{how}"
+    model = veneer.PeftModel.from_pretrained(tiny.llama(), folder).eval()
+    with torch.no_grad():
+        logits = model(input_ids=tiny.IDS).logits
+    torch.testing.assert_close(logits, torch.load(folder / "logits.pt"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", TP)
+def test_what_tensor_parallel_layers_cannot_do_is_refused_in_a_sentence(results, how):
+    said = torch.load(results / f"tp-{how}" / "said.pt")
+    assert "merge it in one process" in said["merge"]
+    assert "q_proj" in said["dora"] and "choose plain LoRA" in said["dora"]
+    assert said["dropout"].startswith("lora_dropout does not work at")
+    assert said["start"].startswith("init_lora_weights='pissa' does not work at")
+    assert "plain LoRA can, or load the model without" in said["ia3"]
 
 
 # ---- tensors that are not there -------------------------------------------------------------------------------------

@@ -95,6 +95,11 @@ class Adapter(nn.Module):
                 f"Target module '{site.path}' is not supported: {cls.__name__} needs a layer with a weight matrix, and it "
                 f"is a {type(site.module).__name__}; take it out of target_modules or put it into exclude_modules."
             )
+        if site.cut:
+            raise ValueError(
+                f"{cls.__name__} cannot sit at '{site.path}', whose weight is divided between processes (tensor "
+                "parallelism); plain LoRA can, or load the model without a tensor-parallel plan."
+            )
         if site.stack and not cls.stacks:
             return Stacked(site, [cls.build(site.one(i), config, shared) for i in range(site.stack)])
         return cls.build(site, config, shared)

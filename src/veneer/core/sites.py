@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -30,6 +31,8 @@ class Site:
     kind: ClassVar[str] = "abstract"
     maps_input: ClassVar[bool] = True
     first: ClassVar[str] = "input"
+    cut: ClassVar[bool] = False
+    """Whether the layer's weight is divided between processes that work on the same rows."""
     stack: int | None = None
     """Number of matrices, for a site whose weight is a stack ``(stack, out, in)`` (fused experts)."""
     parameter: Any = None
@@ -430,6 +433,10 @@ def _first_argument(module: nn.Module) -> str:
     return names[1] if len(names) > 1 and module.forward.__code__.co_argcount > 1 else "input"
 
 
+RECOGNISED: list[Callable[[str, nn.Module], list[Site]]] = []
+"""Further kinds of layers: each gives a module's sites, or none for what it does not know."""
+
+
 def sites_for(path: str, module: nn.Module, parameter: str | None = None, fan_in_fan_out: bool = False) -> list[Site]:
     """The sites of a layer: one, or two for ``nn.MultiheadAttention`` (innermost first).
 
@@ -437,6 +444,9 @@ def sites_for(path: str, module: nn.Module, parameter: str | None = None, fan_in
     """
     if parameter is not None:
         return [WeightSite(path, module, parameter)]
+    for recognise in RECOGNISED:
+        if found := recognise(path, module):
+            return found
     if isinstance(module, nn.MultiheadAttention):
         if module.in_proj_weight is None:
             raise ValueError(

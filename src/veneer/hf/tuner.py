@@ -20,6 +20,7 @@ from veneer.engine.packed_merge import REQUANTIZE, MergeReport
 from veneer.engine.targets import ALL_LINEAR, walk
 from veneer.engine.tuner import Tuner
 from veneer.hf import shown
+from veneer.hf import megatron
 from veneer.hf.architectures import default_targets, present
 from veneer.hf.layer_face import PeftLayer
 from veneer.hf.quantised import dequantized, way_of
@@ -60,6 +61,7 @@ class PeftTuner(shown.Shows, Tuner):
 
     def inject(self, name: str, config: PeftConfig, *, low_cpu_mem_usage: bool = False, **kwargs: Any) -> None:
         """``add`` after the model family's defaults were filled in."""
+        megatron.allow(config)
         deepened = self._deepen(name, config)
         try:
             fill_defaults(self.model, config)

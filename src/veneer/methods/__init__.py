@@ -36,6 +36,7 @@ from veneer.methods import lokr as lokr
 from veneer.methods import lora as lora
 from veneer.methods import lora_calibrate as lora_calibrate
 from veneer.methods import lora_init as lora_init
+from veneer.methods import lora_parallel as lora_parallel
 from veneer.methods import loramoe as loramoe
 from veneer.methods import miss as miss
 from veneer.methods import mixlora as mixlora

@@ -23,7 +23,7 @@ from veneer.core.registry import method
 from veneer.core.sites import Site
 from veneer.methods import lora_split
 from veneer.methods.lora_config import STARTS as STARTS
-from veneer.methods.lora_config import VARIANTS
+from veneer.methods.lora_config import KINDS, VARIANTS
 from veneer.methods.lora_config import LoraConfig as LoraConfig
 from veneer.methods.lora_config import start as start
 from veneer.ops.groups import gather, spread
@@ -71,6 +71,8 @@ class Lora(Additive):
             build = _kind(build, "embedding", LoraEmbedding, site)
         elif site.kind == "parameter":
             build = _kind(build, "parameter", LoraWeight, site)
+        elif site.kind in KINDS:
+            build = _kind(build, site.kind, KINDS[site.kind], site)
         elif site.kind == "opaque":
             return super().on(site, config, shared)
         return build.build(site, config, shared)

@@ -108,10 +108,6 @@ class LoraConfig(LayerConfig):
             )
         if self.layer_replication and not self.replicates:
             raise NotImplementedError("LoraConfig(layer_replication=...) is not built in yet.")
-        if self.megatron_config:
-            raise NotImplementedError(
-                "LoraConfig(megatron_config=...) asks for Megatron's parallel layers, which are not built in yet."
-            )
         if self.runtime_config.ephemeral_gpu_offload:
             raise NotImplementedError(
                 "LoraRuntimeConfig(ephemeral_gpu_offload=True) is not built in: starts compute where the layer is."
@@ -145,6 +141,8 @@ VARIANTS_BY_FIELD = {
 }
 VARIANTS: dict[str, type] = {}
 """Config field -> the class that serves it, as its module announced it."""
+KINDS: dict[str, type] = {}
+"""Kind of site -> the class that serves it, for kinds that have a module of their own."""
 KNOWN_STARTS = ("pissa", "olora", "milora", "mica", "orthogonal", "loftq", "eva", "corda", "lora_ga")
 
 Start = Callable[[Any, LoraConfig], None]
