@@ -11,7 +11,7 @@ from rich.console import Console
 
 from veneer.cli.main import main
 from veneer.train import adapters, config, merging, recipes
-from veneer.train.classification import agreement
+from veneer.train.classification import agreement, by_class
 from veneer.train.embeddings import pair_losses, pool
 from veneer.train.evaluate import Session
 from veneer.train.plan import make
@@ -225,6 +225,26 @@ def test_spans_are_counted_whole():
     assert spans(tags) == [(0, 1, "PER"), (3, 3, "LOC"), (4, 4, "LOC"), (5, 5, "PER"), (6, 6, "ORG"), (7, 8, "ORG")]
     assert span_f1([["B-A", "I-A", "O"]], [["B-A", "O", "O"]]) == 0
     assert span_f1([["B-A", "I-A", "O", "B-B"]], [["B-A", "I-A", "O", "O"]]) == pytest.approx(2 / 3)
+
+
+def test_what_is_reported_by_class_is_that_of_scikit_learn(trained):
+    metrics = pytest.importorskip("sklearn.metrics")
+    answered = [("a", "a"), ("a", "b"), ("b", "b"), ("c", "b"), ("c", "c"), ("c", "c")]
+    right, guessed = zip(*answered, strict=True)
+    found = by_class(answered, ["a", "b", "c", "never"])
+    wanted = metrics.classification_report(right, guessed, output_dict=True)
+    for name in "abc":
+        assert found[name]["precision"] == pytest.approx(wanted[name]["precision"])
+        assert found[name]["recall"] == pytest.approx(wanted[name]["recall"])
+        assert found[name]["f1"] == pytest.approx(wanted[name]["f1-score"])
+    assert "never" not in found
+    report = json.loads((trained("sequence-classification")[2] / "report.json").read_text())
+    shares = report["tables"]["Share of each class (down) that was taken for a class (across)"]
+    assert all(sum(row.values()) == pytest.approx(1) for row in shares.values())
+    by_kind = json.loads((trained("token-classification")[2] / "report.json").read_text())["tables"][
+        "Held-out rows by kind"
+    ]
+    assert set(by_kind) == {"LOC", "PER"} and all(row["f1"] > 0.8 for row in by_kind.values())
 
 
 def test_accuracy_and_f1_are_those_of_scikit_learn():

@@ -28,7 +28,7 @@ from veneer.train.tokens import Tokenised
 if TYPE_CHECKING:
     from veneer.train.prepare import Prepared
 
-SHOWN = 12
+SHOWN, MOST_CLASSES = 12, 30
 
 
 @dataclass
@@ -60,6 +60,10 @@ class SequenceClassification(Task):
     formats = ("labels",)
     metrics = (Metric("accuracy", True), Metric("f1", True), LOSS)
     prompts = "texts"
+
+    def __init__(self) -> None:
+        self.answered: list[tuple[str, str]] = []
+        """(right, guessed) of the rows that were measured last."""
 
     def features(self, material: Material) -> Features:
         """Ids with one label a row."""
@@ -99,7 +103,19 @@ class SequenceClassification(Task):
             total += float(F.cross_entropy(logits, labels, reduction="sum"))
             right += labels.tolist()
             guessed += logits.argmax(-1).tolist()
+        names = prepared.config.classes.names
+        self.answered = [(names[a], names[b]) for a, b in zip(right, guessed, strict=True)]
         return {**agreement(right, guessed), "loss": total / len(rows)}
+
+    def tables(self, prepared: Prepared) -> dict[str, dict[str, dict[str, float]]]:
+        """Precision, recall and F1 of each class, and which classes are taken for which."""
+        names = prepared.config.classes.names
+        found = {"Held-out rows by class": by_class(self.answered, names)}
+        if len(names) <= MOST_CLASSES:
+            wanted, pairs = Counter(right for right, _ in self.answered), Counter(self.answered)
+            shares = {a: {b: pairs[a, b] / wanted[a] for b in names if pairs[a, b]} for a in names if wanted[a]}
+            found["Share of each class (down) that was taken for a class (across)"] = shares
+        return found
 
     # ---- before and after -------------------------------------------------------------------------------------------
     def questions(self, prepared: Prepared) -> list[tuple[str, str]]:
@@ -165,6 +181,26 @@ def agreement(right: Sequence[int], guessed: Sequence[int]) -> dict[str, float]:
     wanted, said = Counter(right), Counter(guessed)
     scores = [2 * hits[one] / (wanted[one] + said[one]) for one in wanted | said]
     return {"accuracy": hits.total() / max(1, len(both)), "f1": sum(scores) / max(1, len(scores))}
+
+
+def by_class(answered: Sequence[tuple[str, str]], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Class -> its precision, recall and F1, for classes that are right or guessed somewhere.
+
+    Args:
+        answered: (right, guessed); an empty name stands for no class at all.
+        names: in the order to show them.
+    """
+    hits = Counter(right for right, guessed in answered if right == guessed)
+    wanted, said = Counter(right for right, _ in answered), Counter(guessed for _, guessed in answered)
+    return {
+        name: {
+            "precision": hits[name] / max(1, said[name]),
+            "recall": hits[name] / max(1, wanted[name]),
+            "f1": 2 * hits[name] / (wanted[name] + said[name]),
+        }
+        for name in names
+        if wanted[name] + said[name]
+    }
 
 
 def classes(

@@ -69,7 +69,13 @@ def write(folder: str | Path) -> Path:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines() if line.endswith("}")]
     report = _json(folder / "report.json")
     settings = (folder / "run.yaml").read_text(encoding="utf-8") if (folder / "run.yaml").is_file() else ""
-    body = [_head(folder, report, settings), _tiles(report, lines), _curves(lines, report), _samples(report)]
+    body = [
+        _head(folder, report, settings),
+        _tiles(report, lines),
+        _curves(lines, report),
+        _tables(report),
+        _samples(report),
+    ]
     body += [routing_report.section(lines, report.get("best_step"))]
     body += [_layers(folder), _data(report), _settings(settings)]
     page = (
@@ -157,6 +163,19 @@ def _curves(lines: list[dict[str, Any]], report: dict[str, Any]) -> str:
             figures.append((title, line_chart([Series(title, values, colour=colour)], "step", title)))
     drawn = "".join(f"<figure><figcaption>{escape(t)}</figcaption>{svg}</figure>" for t, svg in figures if svg)
     return f'<h2>Curves</h2><div class="charts">{drawn}</div>' if drawn else ""
+
+
+def _tables(report: dict[str, Any]) -> str:
+    """What the task itself says of the held-out rows, such as which classes are taken for which."""
+    drawn = []
+    for title, rows in (report.get("tables") or {}).items():
+        columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+        values = {(row, column): value for row, cells in rows.items() for column, value in cells.items()}
+        table = heat_table(
+            list(rows), sorted(columns, key=lambda c: list(rows).index(c) if c in rows else -1), values, ""
+        )
+        drawn.append(f'<figure class="wide"><figcaption>{escape(title)}</figcaption>{table}</figure>')
+    return f'<h2>By class</h2><div class="charts">{"".join(drawn)}</div>' if drawn else ""
 
 
 def _samples(report: dict[str, Any]) -> str:

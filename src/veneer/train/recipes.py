@@ -55,6 +55,8 @@ class Outcome:
     before: dict[str, float] = field(default_factory=dict)
     """Every figure on the held-out rows, by the base alone."""
     after: dict[str, float] = field(default_factory=dict)
+    tables: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """Title -> row -> column -> share: what else the task says of the held-out rows at the end."""
     best_step: int | None = None
     samples: list[Sample] = field(default_factory=list)
     held_out: bool = True
@@ -159,6 +161,7 @@ def _finished(prepared: Prepared, model: Any, trainer: Any, outcome: Outcome, ma
     if main:
         prepared.tokenizer.save_pretrained(str(folder))
     outcome.after = _measured(prepared, model, trainer)
+    outcome.tables = prepared.task.tables(prepared) if outcome.after else {}
     for sample, text in zip(outcome.samples, prepared.task.answers(prepared, model), strict=True):
         sample.after = text.strip()
     outcome.peak_memory = models.peak_memory(next(model.parameters()).device)

@@ -124,6 +124,17 @@ def show_samples(console: Console, samples: list[Any], held_out: bool, asked: st
     console.print(table)
 
 
+def show_shares(console: Console, title: str, by_row: dict[str, dict[str, float]]) -> None:
+    """Row -> column -> share, the columns being the same in all rows."""
+    columns = list(next(iter(by_row.values()), {}))
+    table = Table(
+        "", *columns, title=title, title_justify="left", box=None, padding=(0, 2), header_style="bright_black"
+    )
+    for name, cells in by_row.items():
+        table.add_row(Text(name, "bold"), *(f"{cells[column]:.2f}" for column in columns))
+    console.print(table)
+
+
 def _short(text: str, limit: int = 300) -> str:
     text = "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
     return text if len(text) <= limit else text[:limit].rstrip() + " ..."
@@ -136,6 +147,9 @@ def show_outcome(console: Console, outcome: Any) -> None:
         console.print(f"Go on with:  veneer train {outcome.folder}/run.yaml --resume", highlight=False, soft_wrap=True)
         return
     show_samples(console, outcome.samples, outcome.held_out, outcome.asked)
+    for title, by_row in list(outcome.tables.items())[:1]:
+        if len(by_row) <= 20:
+            show_shares(console, title, by_row)
     rows = [
         (
             "trained",

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from veneer.train import encoding
-from veneer.train.classification import Labels, agreement, classes, label_losses, logits_of
+from veneer.train.classification import Labels, agreement, by_class, classes, label_losses, logits_of
 from veneer.train.config import RunConfig
 from veneer.train.data import Example
 from veneer.train.sft import fits
@@ -36,6 +36,10 @@ class TokenClassification(Task):
     formats = ("tags",)
     metrics = (Metric("f1", True), Metric("accuracy", True), LOSS)
     prompts = "sentences"
+
+    def __init__(self) -> None:
+        self.answered: list[tuple[str, str]] = []
+        """(right, guessed) of the spans or words that were measured last; "" where there is no such span."""
 
     def features(self, material: Material) -> Features:
         """Ids with one label a word."""
@@ -76,10 +80,17 @@ class TokenClassification(Task):
         right = [[names[label] for label in row["labels"] if label != IGNORED] for row in rows]
         flat = [[names.index(tag) for tags in sentences for tag in tags] for sentences in (right, guessed)]
         found = agreement(*flat)
+        self.answered = [pair for a, b in zip(right, guessed, strict=True) for pair in zip(a, b, strict=True)]
         if spanned(names):
             found["f1"] = span_f1(right, guessed)
+            self.answered = matched(right, guessed)
         losses = self.losses(prepared, model)
         return {**found, "loss": held_out_loss(model, rows, prepared.collate, batch_size(prepared), losses)}
+
+    def tables(self, prepared: Prepared) -> dict[str, dict[str, dict[str, float]]]:
+        """Precision, recall and F1 of each kind of span, or of each tag."""
+        names = sorted({name for pair in self.answered for name in pair if name})
+        return {"Held-out rows by kind": by_class(self.answered, names)}
 
     # ---- before and after -------------------------------------------------------------------------------------------
     def questions(self, prepared: Prepared) -> list[tuple[str, str]]:
@@ -151,6 +162,16 @@ def span_f1(right: list[list[str]], guessed: list[list[str]]) -> float:
         a, b = set(spans(truth)), set(spans(guess))
         hits, wanted, said = hits + len(a & b), wanted + len(a), said + len(b)
     return 2 * hits / (wanted + said) if wanted + said else 1.0
+
+
+def matched(right: list[list[str]], guessed: list[list[str]]) -> list[tuple[str, str]]:
+    """(kind, kind) of spans that were found, (kind, "") of those that were not, ("", kind) of those that are none."""
+    found = []
+    for truth, guess in zip(right, guessed, strict=True):
+        a, b = set(spans(truth)), set(spans(guess))
+        found += [(kind, kind) for *_, kind in a & b]
+        found += [(kind, "") for *_, kind in a - b] + [("", kind) for *_, kind in b - a]
+    return found
 
 
 def _marked(words: list[str], tags: list[str]) -> str:

@@ -164,6 +164,10 @@ class Task(ABC):
         losses = self.losses(prepared, model)
         return {"loss": held_out_loss(model, prepared.held.rows, prepared.collate, batch_size(prepared), losses)}
 
+    def tables(self, prepared: Prepared) -> dict[str, dict[str, dict[str, float]]]:
+        """What the report shows of the last ``measure`` besides its figures: title -> row -> column -> share."""
+        return {}
+
     def trainer(self, prepared: Prepared, model: Any, arguments: dict[str, Any], optimiser: Any) -> Any:
         """The trainer, ready to run. A trainer of another kind takes its checkpoints from ``AdapterCheckpoints``.
 
