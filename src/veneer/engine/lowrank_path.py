@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from veneer.core.adapter import Additive
 from veneer.core.cache import Seen
@@ -149,12 +150,16 @@ def _inferred(
     return y if dims == 2 else y.view(*x.shape[:-1], -1)
 
 
+PLAIN = (nn.Parameter, FakeTensor)
+"""Types of weights that are not packed; a step that is only counted runs on the second."""
+
+
 def path(
     host: Adapted, names: list[str], route: tuple[str, ...] | None, before: LowRankPath | None = None
 ) -> LowRankPath | None:
     """The short way for these adapters at this layer, or None where there is none."""
     layer = host.base_layer
-    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter:
+    if type(layer) is not nn.Linear or type(layer.weight) not in PLAIN:
         return None
     if host.site.kind != "linear" or getattr(host.site, "turned", False) or not layer.weight.is_floating_point():
         return None
