@@ -16,6 +16,7 @@ COMMANDS = [
     "merge",
     "inspect",
     "methods",
+    "mix",
     "configs",
     "configs ls",
     "configs check",
