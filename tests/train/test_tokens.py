@@ -66,7 +66,7 @@ def test_prompts_use_the_chat_template_unless_their_completions_continue_them(to
 
 
 def test_alpaca_uses_the_chat_template_or_else_its_own_prompt(tokenizer):
-    from veneer.train.data import FORMATS
+    from veneer.train.formats import FORMATS
 
     example = Example("row", **FORMATS["alpaca"].convert({"instruction": "Name it", "input": "sky", "output": "blue"}))
     _, got = rows(tokenizer, example, format="alpaca")

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from veneer.train import data, preference_rows
+from veneer.train import data, formats, preference_rows
 from veneer.train.data import Example
 
 SHOWN = 5
@@ -209,7 +209,7 @@ def _lengths(diagnosis: Diagnosis, found: data.Examples, tokenizer: Any, max_len
             remedy = "Nothing of their answers is left; shorten them, or raise data.max_length."
             diagnosis.findings.append(Finding(f"prompts alone fill {max_length} tokens", full, remedy))
         return
-    if found.format not in (*data.ANSWERED, "text"):
+    if found.format not in (*formats.ANSWERED, "text"):
         encoded = tokenizer([str(e.text or e.prompt) for e in found.rows], verbose=False)["input_ids"]
         _long(diagnosis, [e.where for e in found.rows], [len(ids) for ids in encoded], max_length)
         return

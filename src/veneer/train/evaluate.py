@@ -13,7 +13,7 @@ from torch import nn
 
 from veneer.train import adapters, models, tasks
 from veneer.train.config import Model, RunConfig
-from veneer.train.data import alpaca_prompt
+from veneer.train.formats import alpaca_prompt
 from veneer.train.rows import Row
 
 

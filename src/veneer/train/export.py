@@ -23,8 +23,8 @@ from veneer.hf.convert import save_as_lora
 from veneer.hf.peft_names import METHODS
 from veneer.train import adapters, modelfile, models, plain_lora
 from veneer.train.config import Model
-from veneer.train.data import alpaca_prompt
 from veneer.train.evaluate import Session
+from veneer.train.formats import alpaca_prompt
 from veneer.train.merging import PROMPTS
 from veneer.train.plain_lora import PlainLora
 

@@ -10,6 +10,7 @@ import torch
 from veneer.train import data, models, packing
 from veneer.train.config import RunConfig
 from veneer.train.evaluate import answer, end_tokens, pad_token
+from veneer.train.formats import ANSWERED
 from veneer.train.tasks import Features, Losses, Material, Task, asked, asked_of, largest
 from veneer.train.tokens import IGNORED, Renderer, Tokenised
 from veneer.train.trainer import Collate, takes_kept_logits, token_losses
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 class Sft(Task):
     """Learns the tokens of the answers; see ``tokens.Renderer``."""
 
-    formats: tuple[str, ...] = (*data.ANSWERED, "text")
+    formats: tuple[str, ...] = (*ANSWERED, "text")
 
     def features(self, material: Material) -> Features:
         """Rendered and tokenised rows, packed if that is wanted."""

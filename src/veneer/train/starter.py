@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from veneer.train import data, rows
+from veneer.train import data, formats, rows
 
 TASKS = {
     "labels": "sequence-classification",
@@ -93,7 +93,7 @@ def write(model: str, files: list[str], out: str, name: str) -> str:
         FileNotFoundError: there are no such data.
     """
     kind, columns = _recognised(files)
-    answers = kind in data.ANSWERED or kind == "text"
+    answers = kind in formats.ANSWERED or kind == "text"
     task = "seq2seq" if kind in ("prompt", "alpaca") and _translates(model) else TASKS.get(kind, "sft")
     short = task in SHORT_ROWS
     loss = LOSS.get(kind, "the answer is learnt, its end token included")
@@ -124,7 +124,7 @@ def _recognised(files: list[str]) -> tuple[str, dict[str, str]]:
     try:
         return data.load([file if "#" in file else f"{file}#50" for file in files], bad="skip").format, {}
     except ValueError:
-        found = data.recognise(_first(files))
+        found = formats.recognise(_first(files))
         if found is None:
             raise
         return found

@@ -87,7 +87,7 @@ class Task(ABC):
     auto = "AutoModelForCausalLM"
     """transformers' class that loads the base."""
     formats: tuple[str, ...] = ()
-    """Keys of ``data.FORMATS`` that it can learn from."""
+    """Keys of ``formats.FORMATS`` that it can learn from."""
     metrics: tuple[Metric, ...] = (LOSS,)
     """What it measures; unless ``eval.metric`` says otherwise the first one tells which model is better."""
     prompts = "prompts"
