@@ -60,6 +60,14 @@ def torchao(name: str, **options: object) -> Make:
     return make
 
 
+def torchao_nf4(w: Tensor, bias: Tensor) -> nn.Module:
+    module = pytest.importorskip("torchao.quantization.quantize_.workflows.nf4.nf4_tensor")
+    layer = nn.Linear(w.shape[1], w.shape[0])
+    layer.weight = nn.Parameter(module.to_nf4(w.clone(), 64, 16), requires_grad=False)
+    layer.bias = nn.Parameter(bias.clone(), requires_grad=False)
+    return layer
+
+
 NO_BNB = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed")
 NO_AO = pytest.mark.skipif(not HAS_TORCHAO, reason="torchao is not installed")
 # form -> (maker, name of its row, relative error of the weight at most, error of its own product)
@@ -74,5 +82,6 @@ FORMS = [
         torchao("IntxWeightOnlyConfig", weight_dtype=torch.int4, group=32), "torchao", 0.1, 1e-5, id="torchao-int4",
         marks=NO_AO,
     ),
+    pytest.param(torchao_nf4, "torchao", 0.1, 1e-5, id="torchao-nf4", marks=NO_AO),
     pytest.param(torchao("Float8WeightOnlyConfig"), "torchao", 0.04, 1e-5, id="torchao-float8", marks=NO_AO),
 ]  # fmt: skip

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from veneer.core import lean
+
 Parameters = dict[str, nn.Parameter | None]
 
 
@@ -171,7 +173,7 @@ def keep_layout(model: nn.Module) -> None:
     In evaluation mode there they rearrange their weights for a faster kernel, and from then on their gradients are
     wrong (bitsandbytes 0.50: the input's gradient of SmolLM2 has nothing in common with the one before).
     """
-    for module in model.modules():
+    for module in lean.inside(model):
         weight: Any = module._parameters.get("weight")
         if BITSANDBYTES[0].matches(module) and weight.device.type == "cpu":
             if weight.quant_state is not None:
@@ -190,9 +192,17 @@ def _is_torchao(module: Any) -> bool:
     return _origin(weight) == "torchao" and hasattr(weight, "dequantize")
 
 
+def _dense_torchao(module: Any) -> Tensor:
+    weight = module.weight
+    return weight.get_original_weight() if type(weight).__name__ == "NF4Tensor" else weight.dequantize()
+
+
 def _packed_torchao(module: Any, weight: Tensor) -> Parameters:
     old, q = module.weight, library("torchao.quantization")
     kind = type(old).__name__
+    if kind == "NF4Tensor":
+        packed = library(type(old).__module__).to_nf4(weight.to(old.dtype), old.block_size, old.scaler_block_size)
+        return {"weight": nn.Parameter(packed, requires_grad=False)}
     block = getattr(old, "block_size", None)
     group = block[-1] if block is not None and block[-1] < weight.shape[-1] else None
     if kind == "Int8Tensor":
@@ -210,9 +220,7 @@ def _packed_torchao(module: Any, weight: Tensor) -> Parameters:
     return {"weight": layer.weight}
 
 
-TORCHAO = Backend(
-    "torchao", _is_torchao, lambda module: module.weight.dequantize(), _packed_torchao, plain=True
-)  # fmt: skip
+TORCHAO = Backend("torchao", _is_torchao, _dense_torchao, _packed_torchao, plain=True)
 
 
 # ---- formats that are made from calibration data, or have no public way back ----------------------------------------
