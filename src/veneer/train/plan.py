@@ -27,6 +27,11 @@ from veneer.train.memory import forward_and_backward
 from veneer.train.prepare import Prepared, Schedule, build, counts
 
 
+HOLES = 0.4
+"""What glibc's heap keeps between tensors that come and go, over all that a step without checkpointing makes: measured
+at 0.2 to 0.8 by ``benchmarks/plan_memory.py``, more in smaller models."""
+
+
 @dataclass
 class Group:
     """Adapted places whose names differ only in layer numbers."""
@@ -38,19 +43,21 @@ class Group:
 
 @dataclass
 class Memory:
-    """Bytes by what they hold; ``runtime`` is Python and the libraries."""
+    """Bytes by what they hold; ``holes`` is what the heap keeps between them, ``runtime`` Python and the libraries."""
 
     weights: int
     adapters: int
     gradients: int
     optimiser: int
     activations: int
+    holes: int
     runtime: int
     available: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapters + self.gradients + self.optimiser + self.activations + self.runtime
+        trained = self.adapters + self.gradients + self.optimiser
+        return self.weights + trained + self.activations + self.holes + self.runtime
 
     @property
     def fits(self) -> bool:
@@ -193,11 +200,13 @@ def _memory(prepared: Prepared, model: Any, dtype: torch.dtype, device: torch.de
     own = [p for p in model.parameters() if p.requires_grad]
     frozen = sum(p.numel() * p.element_size() for p in model.parameters() if not p.requires_grad)
     trained = sum(p.numel() * p.element_size() for p in own)
+    kept = whole = _activations(prepared, model)
     if prepared.config.train.gradient_checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
-    kept = _activations(prepared, model)
+        kept = _activations(prepared, model)
+    holes = round(HOLES * whole) if device.type == "cpu" else 0
     moments = optim.state_bytes(prepared.config.train.optimizer, own)
-    return Memory(frozen, trained, trained, moments, kept, _runtime(device), _available(device))
+    return Memory(frozen, trained, trained, moments, kept, holes, _runtime(device), _available(device))
 
 
 def _activations(prepared: Prepared, model: Any) -> int:

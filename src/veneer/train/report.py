@@ -91,7 +91,7 @@ def show_plan(console: Console, plan: Any) -> None:
 
 
 def _parts(memory: Any) -> str:
-    names = ("weights", "adapters", "gradients", "optimiser", "activations", "runtime")
+    names = ("weights", "adapters", "gradients", "optimiser", "activations", "holes", "runtime")
     return ", ".join(f"{name} {size(getattr(memory, name))}" for name in names)
 
 
