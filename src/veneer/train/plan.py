@@ -26,7 +26,6 @@ from veneer.train import adapters, models, optim
 from veneer.train.memory import forward_and_backward
 from veneer.train.prepare import Prepared, Schedule, build, counts
 
-
 HOLES = 0.4
 """What glibc's heap keeps between tensors that come and go, over all that a step without checkpointing makes: measured
 at 0.2 to 0.8 by ``benchmarks/plan_memory.py``, more in smaller models."""
