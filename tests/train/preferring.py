@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import socket
+import traceback
 
 import torch
 from rich.console import Console
@@ -79,6 +81,31 @@ def killed_at(step, run):
         finally:
             os._exit(1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def on_two_processes(run):
+    """``run`` in two processes that share the work; how they ended."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        if not (child := os.fork()):
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+            AcceleratorState._reset_state(True)
+            PartialState._reset_state()
+            code = 1
+            try:
+                run()
+                code = 0
+            finally:
+                traceback.print_exc()
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 @torch.no_grad()

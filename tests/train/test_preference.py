@@ -17,7 +17,7 @@ from veneer.train.prepare import build, prepare
 from veneer.train.trainer import checkpoints
 
 from . import preferring
-from .preferring import killed_at, lines, logprobs, losses, prepared, quiet, rows
+from .preferring import killed_at, lines, logprobs, losses, on_two_processes, prepared, quiet, rows
 
 pytest.importorskip("trl")
 LEARN = ("--steps", "16", "--lr", "1e-2", "--eval.every", "8", "--data.holdout", "8")
@@ -72,6 +72,15 @@ def test_gradient_checkpointing_changes_nothing_but_memory(dpo, base, tmp_path):
     checkpointing = (*LEARN, "--train.gradient-checkpointing")
     recipes.run(prepared("dpo", base, tmp_path, *checkpointing), quiet())
     assert losses(tmp_path / "out") == pytest.approx(losses(dpo[0]), rel=1e-4)
+
+
+def test_two_processes_share_the_pairs_and_the_reference_s_answers(dpo, base, tmp_path):
+    """Each works out half of them: given to other rows, the first loss would not be log 2."""
+    halved = [*LEARN[2:], "--steps", "2", "--train.batch-size", "2", "--eval.every", "2"]
+    assert on_two_processes(lambda: recipes.run(prepared("dpo", base, tmp_path, *halved), quiet())) == [0, 0]
+    first = [line for line in lines(tmp_path / "out") if "loss" in line]
+    assert first[0]["loss"] == pytest.approx(0.6931, abs=1e-4) and first[1]["loss"] < 0.6931
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["after"]["rewards/margins"] > 0
 
 
 def test_ctrl_c_keeps_a_whole_checkpoint_and_resume_finishes(dpo, base, tmp_path, monkeypatch):

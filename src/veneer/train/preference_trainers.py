@@ -5,12 +5,17 @@ The reference's log-probabilities are worked out once, before the first step, by
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.train import distributed
 from veneer.train.policy import Policy, Reference, read, trl
 from veneer.train.preference_tokens import COLUMNS
 
@@ -57,16 +62,38 @@ def make(
     """
     settings = trl(f"{NAMES[task]}Config", task)(max_length=None, **arguments)
     cls = type(f"Adapted{NAMES[task]}Trainer", (Compared, trl(f"{NAMES[task]}Trainer", task)), {})
-    return cls(
-        model,
-        reference,
-        task,
-        args=settings,
-        train_dataset=table(task, rows),
-        eval_dataset=table(task, held) if held else None,
-        processing_class=tokenizer,
-        optimizers=(optimiser, None),
-    )
+    with shared({"train": table(task, rows), "eval": table(task, held) if held else None}) as data:
+        return cls(
+            model,
+            reference,
+            task,
+            args=settings,
+            train_dataset=data["train"],
+            eval_dataset=data["eval"],
+            processing_class=tokenizer,
+            optimizers=(optimiser, None),
+        )
+
+
+@contextlib.contextmanager
+def shared(tables: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Within: the tables in a folder that all processes see, through which TRL hands the reference's answers round."""
+    if distributed.processes() == 1:
+        yield tables
+        return
+    from datasets import load_from_disk
+
+    place: list[Any] = [tempfile.mkdtemp() if distributed.is_main() else None]
+    torch.distributed.broadcast_object_list(place)
+    if distributed.is_main():
+        for name, one in tables.items():
+            if one is not None:
+                one.save_to_disk(f"{place[0]}/{name}")
+    torch.distributed.barrier()
+    yield {name: one and load_from_disk(f"{place[0]}/{name}") for name, one in tables.items()}
+    torch.distributed.barrier()
+    if distributed.is_main():
+        shutil.rmtree(place[0])  # what is mapped from it stays readable
 
 
 def table(task: str, rows: list[dict[str, Any]]) -> Any:
