@@ -12,7 +12,7 @@ from rich.console import Console
 
 from quant.layers import HAS_BITSANDBYTES
 from train.conftest import base, facts, tokenizer  # noqa: F401 - fixtures
-from veneer.train import adapters, config, optim, plan, recipes
+from veneer.train import adapters, config, optimisers, plan, recipes
 from veneer.train.prepare import prepare
 
 needs_bnb = pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed")
@@ -71,14 +71,14 @@ def test_names_are_looked_at_before_anything_is_loaded(prepared, monkeypatch) ->
     with pytest.raises(
         ImportError, match=r"paged_adamw_8bit needs the package bitsandbytes: pip install bitsandbytes\."
     ):
-        optim.check("paged_adamw_8bit")
-    optim.check("adamw_torch")
-    optim.check("loraplus")
+        optimisers.check("paged_adamw_8bit")
+    optimisers.check("adamw_torch")
+    optimisers.check("loraplus")
 
 
 def test_large_states_shrink_to_a_quarter() -> None:
     weights = [torch.empty(1024, 1024, device="meta"), torch.empty(16, device="meta")]
-    full, packed = (optim.state_bytes(name, weights) for name in ("adamw_torch", "paged_adamw_8bit"))
+    full, packed = (optimisers.state_bytes(name, weights) for name in ("adamw_torch", "paged_adamw_8bit"))
     assert full == 8 * (1024**2 + 16) and packed == pytest.approx(full / 4, rel=0.02)
-    assert optim.state_bytes("paged_adamw_32bit", [torch.empty(8, dtype=torch.bfloat16)]) == 64
-    assert optim.state_bytes("sgd", weights) == 0
+    assert optimisers.state_bytes("paged_adamw_32bit", [torch.empty(8, dtype=torch.bfloat16)]) == 64
+    assert optimisers.state_bytes("sgd", weights) == 0

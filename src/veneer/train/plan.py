@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from veneer.hf import heads
 from veneer.ops.linear_cross_entropy import LEAST
-from veneer.train import adapters, models, optim
+from veneer.train import adapters, models, optimisers
 from veneer.train.memory import forward_and_backward
 from veneer.train.prepare import Prepared, Schedule, build, counts
 
@@ -204,7 +204,7 @@ def _memory(prepared: Prepared, model: Any, dtype: torch.dtype, device: torch.de
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         kept = _activations(prepared, model)
     holes = round(HOLES * whole) if device.type == "cpu" else 0
-    moments = optim.state_bytes(prepared.config.train.optimizer, own)
+    moments = optimisers.state_bytes(prepared.config.train.optimizer, own)
     return Memory(frozen, trained, trained, moments, kept, holes, _runtime(device), _available(device))
 
 

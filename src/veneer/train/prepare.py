@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers import set_seed
 
-from veneer.train import adapters, data, distributed, loggers, models, optim, tasks
+from veneer.train import adapters, data, distributed, loggers, models, optimisers, tasks
 from veneer.train.config import RunConfig
 from veneer.train.tasks import Material, Metric, Task
 from veneer.train.tokens import Tokenised
@@ -63,7 +63,7 @@ def prepare(config: RunConfig) -> Prepared:
     task = tasks.find(config.task)
     score = score_of(config)
     loggers.check(config.log.report_to)
-    optim.check(config.train.optimizer)
+    optimisers.check(config.train.optimizer)
     adapter = adapters.build(config.adapter, notices, task_type=task.adapter_type)
     if str(adapter.task_type) != task.adapter_type:
         raise ValueError(
