@@ -121,3 +121,14 @@ def test_the_first_settings_file_chooses_the_task_by_the_data(tmp_path, row, tas
 def test_an_encoder_decoder_gets_the_task_that_it_can_learn(tmp_path, translator, translations):
     (tmp_path / "run.yaml").write_text(starter.write(str(translator), [str(translations)], "o", "run.yaml"))
     assert config.load(tmp_path / "run.yaml").task == "seq2seq"
+
+
+def test_an_encoder_gets_questions_and_answers_as_texts_that_belong_together(tmp_path, encoder):
+    from veneer.train import adapters
+    from veneer.train.prepare import prepare
+
+    file = write(tmp_path / "d.jsonl", [{"question": f"who {i}", "answer": f"anna {i}"} for i in range(30)])
+    (tmp_path / "run.yaml").write_text(starter.write(str(encoder), [file], str(tmp_path / "o"), "run.yaml"))
+    settings = config.load(tmp_path / "run.yaml", check_adapter=adapters.problems)
+    assert (settings.task, settings.data.columns) == ("embeddings", {"anchor": "question", "positive": "answer"})
+    assert len(prepare(settings).train) == 28

@@ -305,6 +305,12 @@ def test_a_model_without_an_encoder_is_refused_for_seq2seq(base, translations, t
         prepare(settings("seq2seq", base, translations, tmp_path))
 
 
+@pytest.mark.parametrize(("model", "remedy"), [("encoder", "embeddings"), ("translator", "task: seq2seq")])
+def test_models_that_do_not_write_are_refused_for_sft(model, remedy, translations, tmp_path, request):
+    with pytest.raises(ValueError, match=f"tiny-.*{remedy}"):
+        prepare(settings("sft", request.getfixturevalue(model), translations, tmp_path))
+
+
 def test_rows_are_cut_to_the_models_positions(encoder, tmp_path):
     file = tmp_path / "d.jsonl"
     file.write_text(

@@ -1,4 +1,4 @@
-"""Names that people bring along from elsewhere."""
+"""Names that people bring along from elsewhere, and those of models that cannot write."""
 
 SHORT = {"out": "output.dir", "output_dir": "output.dir", "lr": "train.learning_rate"}
 ELSEWHERE = {  # other tools' names -> ours
@@ -27,3 +27,7 @@ ELSEWHERE = {  # other tools' names -> ours
     "save_steps": "train.save_every",
     "logging_steps": "log.every",
 }
+
+# transformers' model types that read a text both ways, so that they classify and embed but do not write.
+ENCODERS = {"albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "eurobert"}
+ENCODERS |= {"modernbert", "mpnet", "nomic_bert", "roberta", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl"}

@@ -11,6 +11,7 @@ from veneer.train import data, models, packing
 from veneer.train.config import RunConfig
 from veneer.train.evaluate import answer, end_tokens, pad_token
 from veneer.train.formats import ANSWERED
+from veneer.train.names import ENCODERS
 from veneer.train.tasks import Features, Losses, Material, Task, asked, asked_of, largest
 from veneer.train.tokens import IGNORED, Renderer, Tokenised
 from veneer.train.trainer import Collate, takes_kept_logits, token_losses
@@ -27,6 +28,7 @@ class Sft(Task):
     def features(self, material: Material) -> Features:
         """Rendered and tokenised rows, packed if that is wanted."""
         config, options, tokenizer = material.config, material.config.data, material.tokenizer
+        _writes(material.base, config)
         continues = data.continues(material.rows)
         renderer = Renderer(tokenizer, material.format, options.template, options.loss_on, options.system, continues)
         train = renderer.tokenise(material.rows, options.max_length, options.too_long)
@@ -92,6 +94,19 @@ class Sft(Task):
             ("tokens", f"{train.tokens:,} an epoch, {train.learnt:,} of them learnt ({learnt:.0f} %)"),
             ("end token", f"learnt in {train.counts['ends_learnt']:,} of {len(train):,} rows"),
         ]
+
+
+def _writes(base: Any, config: RunConfig) -> None:
+    """Refuse models that do not write from left to right; some would load, and learn to copy what they see."""
+    other = None
+    if getattr(base, "is_encoder_decoder", False):
+        other = "an encoder and a decoder; it learns with task: seq2seq"
+    elif base.model_type in ENCODERS and not getattr(base, "is_decoder", False):
+        other = (
+            "an encoder, which does not write; it learns sequence-classification, token-classification or embeddings"
+        )
+    if other:
+        raise ValueError(f"The model '{config.model.path}' ({base.model_type}) is {other}.")
 
 
 def _shown(prepared: Prepared, source: data.Example) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from veneer.train import data, formats, rows
+from veneer.train.names import ENCODERS
 
 TASKS = {
     "labels": "sequence-classification",
@@ -92,9 +93,13 @@ def write(model: str, files: list[str], out: str, name: str) -> str:
         ValueError: the data fit no known format and no mapping can be guessed.
         FileNotFoundError: there are no such data.
     """
-    kind, columns = _recognised(files)
+    about = _config_of(model)
+    encoder = about.get("model_type") in ENCODERS and not about.get("is_decoder")
+    kind, columns = _recognised(files, encoder)
     answers = kind in formats.ANSWERED or kind == "text"
-    task = "seq2seq" if kind in ("prompt", "alpaca") and _translates(model) else TASKS.get(kind, "sft")
+    task = TASKS.get(kind, "sft")
+    if kind in ("prompt", "alpaca") and about.get("is_encoder_decoder"):
+        task = "seq2seq"
     short = task in SHORT_ROWS
     loss = LOSS.get(kind, "the answer is learnt, its end token included")
     mapping = ", ".join(f"{ours}: {yours}" for ours, yours in columns.items())
@@ -119,8 +124,10 @@ def write(model: str, files: list[str], out: str, name: str) -> str:
     )
 
 
-def _recognised(files: list[str]) -> tuple[str, dict[str, str]]:
-    """(format, columns to map) of the first rows."""
+def _recognised(files: list[str], encoder: bool) -> tuple[str, dict[str, str]]:
+    """(format, columns to map) of the first rows; for an encoder, questions and answers are pairs of texts."""
+    if encoder and (found := formats.recognise(_first(files), ("tags", "labels", "pairs"))):
+        return found
     try:
         return data.load([file if "#" in file else f"{file}#50" for file in files], bad="skip").format, {}
     except ValueError:
@@ -143,12 +150,12 @@ def _reward(files: list[str]) -> str:
     return f"{{use: exact, options: {{column: {right}}}}}" if right else "{use: length, options: {most: 100}}"
 
 
-def _translates(model: str) -> bool:
-    """Whether the model, if its config is on this machine, has an encoder and a decoder."""
+def _config_of(model: str) -> dict[str, Any]:
+    """The model's config, if it is on this machine."""
     file = Path(model) / "config.json"
     if not file.is_file():
         from huggingface_hub import try_to_load_from_cache  # takes a third of a second, and only here
 
         cached = try_to_load_from_cache(model, "config.json") if model.count("/") == 1 else None
         file = Path(cached) if isinstance(cached, str) else file
-    return file.is_file() and bool(json.loads(file.read_text(encoding="utf-8")).get("is_encoder_decoder"))
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
