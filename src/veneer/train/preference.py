@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ from veneer.train.evaluate import pad_token
 from veneer.train.policy import as_now, bare, checkpointing, measured
 from veneer.train.preference_trainers import PairCollate, answer_logprobs
 from veneer.train.sft import Sft, fits
-from veneer.train.tasks import LOSS, Features, Material, Metric, asked, asked_of, largest
+from veneer.train.tasks import LOSS, Features, Material, Metric, asked, asked_of
 from veneer.train.trainer import Collate, Losses
 
 if TYPE_CHECKING:
@@ -90,8 +92,13 @@ class Preference(Sft):
 
     def inputs(self, prepared: Prepared, model: Any) -> dict[str, Any]:
         """Both answers of each pair of the largest batch."""
-        rows, length = largest(prepared)
-        return {key: torch.ones(2 * rows, length, dtype=torch.long) for key in ("input_ids", "attention_mask")}
+        rows = longest(prepared)
+        shape = 2 * len(rows), len(rows[0]["prompt_ids"]) + answer_length(rows[0])
+        return {key: torch.ones(*shape, dtype=torch.long) for key in ("input_ids", "attention_mask")}
+
+    def step(self, prepared: Prepared, model: Any) -> tuple[Callable[[], Tensor], int]:
+        """The rows with the longest answers."""
+        return super().step(replace(prepared, feed=longest(prepared)), model)
 
     def losses(self, prepared: Prepared, model: Any) -> Losses:
         """For a probe step, which wants the cost and not the value: the answers' log-probabilities."""
@@ -169,18 +176,14 @@ class Kto(Preference):
         return {**shared, "loss_type": loss, "desirable_weight": good, "undesirable_weight": bad}
 
     def inputs(self, prepared: Prepared, model: Any) -> dict[str, Any]:
-        """One answer a row; the second pass, over other prompts' answers, keeps nothing."""
-        rows, length = largest(prepared)
-        return {key: torch.ones(rows, length, dtype=torch.long) for key in ("input_ids", "attention_mask")}
+        """One answer a row; the second pass, over other rows' answers, keeps nothing."""
+        return {key: value[: len(value) // 2] for key, value in super().inputs(prepared, model).items()}
 
-    def step(self, prepared: Prepared, model: Any) -> Any:
+    def step(self, prepared: Prepared, model: Any) -> tuple[Callable[[], Tensor], int]:
         """As if the answers were pairs: two passes a row."""
-        feed = [
-            {**row, "chosen_ids": row["completion_ids"], "rejected_ids": row["KL_completion_ids"]}
-            for row in prepared.feed
-        ]
-        prepared = type(prepared)(**{**vars(prepared), "feed": feed})
-        return super().step(prepared, model)
+        sides = {"chosen_ids": "completion_ids", "rejected_ids": "KL_completion_ids"}
+        feed = [{**row, **{side: row[name] for side, name in sides.items()}} for row in prepared.feed]
+        return super().step(replace(prepared, feed=feed), model)
 
     def questions(self, prepared: Prepared) -> list[tuple[str, str]]:
         """Prompts, with the answer that is good or bad."""
@@ -210,6 +213,17 @@ def weights(balance: Any, rows: list[dict[str, Any]]) -> tuple[float, float]:
     if balance == "auto":
         return max(1.0, bad / max(good, 1)), max(1.0, good / max(bad, 1))
     return float(balance[0]), float(balance[1])
+
+
+def answer_length(row: dict[str, Any]) -> int:
+    """Tokens of a row's longest answer."""
+    return max(len(row[name]) for name in ("chosen_ids", "rejected_ids", "completion_ids") if name in row)
+
+
+def longest(prepared: Prepared) -> list[dict[str, Any]]:
+    """The largest batch."""
+    ordered = sorted(prepared.feed, key=lambda row: -len(row["prompt_ids"]) - answer_length(row))
+    return ordered[: prepared.config.train.batch_size]
 
 
 def enough(prepared: Prepared) -> list[dict[str, Any]]:
