@@ -28,6 +28,8 @@ class Adapted(nn.Module):
     """A layer with named adapters around it, of any methods, side by side."""
 
     is_adapted = True
+    group: Any = None
+    """The layers that are called with the same input as this one (``blocks.Group``), if any."""
     twins: dict[str, nn.Module] | None = None
     """The adapters as compiled graphs see them, once there is such a graph."""
 
@@ -45,9 +47,9 @@ class Adapted(nn.Module):
         self._decided = -1
         self._names: list[str] = []
         self._path: LowRankPath | None = None
+        self._alone: tuple[Adapter, ...] = ()
         self.train(base_layer.training)
 
-        self._alone: tuple[Adapter, ...] = ()
     # ---- forward ----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         compiling = is_compiling()
@@ -64,14 +66,14 @@ class Adapted(nn.Module):
             y = self._path(args[0])
             if y is not None:
                 return y
-        if state.route is not None:
-            return self._mixed(state.route, args, kwargs)
         if self._alone and plain:
             adapter, layer = self._alone[0], self._modules["base_layer"]
             if adapter.dense and not compiling and self._keeps_sum(adapter, layer):
                 own = layer._parameters.values()
                 return self.site(args[0], *cached(adapter, "sum", lambda: self._sum(adapter), *own))
             return adapter(args[0], layer)
+        if state.route is not None:
+            return self._mixed(state.route, args, kwargs)
         if not self._names:
             return self._modules["base_layer"](*args, **kwargs)
         x, args = self._first(args, kwargs)
@@ -114,8 +116,6 @@ class Adapted(nn.Module):
         wanted = state.active if state.route is None else tuple(dict.fromkeys(state.route))
         self._names = [name for name in wanted if name in self.adapters and name not in self.merged_names]
         self._path = path(self, self._names, state.route, self._path) if self._names else None
-
-    def _first(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple]:
         alone = self.adapters[self._names[0]] if state.route is None and len(self._names) == 1 else None
         self._alone = (alone,) if alone is not None and self._just_stands_around(alone) else ()
 
@@ -135,6 +135,8 @@ class Adapted(nn.Module):
         build, inside = type(adapter), isinstance(adapter, Reweight) or not self.site.maps_input
         copies = build.replacement is not Adapter.replacement or build.overrides is not Adapter.overrides
         return not (inside or copies or build.reads_call)
+
+    def _first(self, args: tuple, kwargs: dict[str, Any]) -> tuple[Any, tuple]:
         if args:
             return args[0], args[1:]
         first = self.site.first if self.site.first in kwargs else next(iter(kwargs))

@@ -39,7 +39,7 @@ def way(chain: list[Adapted], names: list[str], args: tuple, kwargs: dict[str, A
         found = _branch(host)
         if host.site.parameter not in PAIR or found is None:
             return None
-        branches |= {host.site.parameter: one for one in found}
+        branches.update((host.site.parameter, one) for one in found)
     first, second = (_stack(module, name, branches.get(name)) for name in PAIR)
     if torch.is_autocast_enabled(first.weight.device.type):
         return None

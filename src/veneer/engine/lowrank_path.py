@@ -167,4 +167,4 @@ def path(
     with torch.no_grad():  # only asked here; saving tensors now would have a checkpoint count them
         if not all(isinstance(a, Additive) and a.low_rank() is not None for a in adapters):
             return None
-    return LowRankPath(host, names, route, before)
+    return (LowRankPath if host.group is None else host.group.path)(host, names, route, before)

@@ -24,6 +24,8 @@ _HEARD = ("active", "enabled", "gains", "route")
 class State:
     """Which adapters are on, how strongly, and for which rows. One object per model."""
 
+    joins = True
+    """Layers that read the same input, and gated blocks, may run together in training (``blocks``)."""
     active: tuple[str, ...] = ()
     enabled: bool = True
     gains: dict[str, Any] = field(default_factory=dict)

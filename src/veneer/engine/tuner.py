@@ -18,7 +18,7 @@ from veneer.core.config import PeftConfig
 from veneer.core.parts import is_cut
 from veneer.core.root import Root
 from veneer.core.sites import Site
-from veneer.engine import blueprint, root
+from veneer.engine import blocks, blueprint, root
 from veneer.engine.adapted import BASE, Adapted, State, hosts
 from veneer.engine.packed_merge import Loss, MergeReport, Way, chosen_way
 
@@ -51,6 +51,9 @@ class Tuner(nn.Module):
         self._hook: Any = None
         self._root_hook: Any = None
         self._split_hosts: list[Adapted] = []
+
+    _arranged: tuple[nn.Module, ...] = ()
+    """Modules some of whose layers run together."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -140,6 +143,8 @@ class Tuner(nn.Module):
         elif not self.roots and self._root_hook is not None:
             self._root_hook.remove()
             self._root_hook = None
+        parents = [self._parent(host.site.path)[0] for host in self._all_hosts()]
+        self._arranged = blocks.arrange([parent for parent in parents if parent is not None], self._arranged)
 
     def _ask_root(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         root.prepare(self, model, args, kwargs)

@@ -167,7 +167,10 @@ class Ran(NamedTuple):
     ys: list[Tensor]
     """(N, out) each."""
     h: Tensor | None
-    """(N, total rank), the branches' inner products; None where there is no branch."""
+    """(total rank, N), the branches' inner products; None where there is no branch.
+
+    They lie, and their gradients too, with the rank first: thin products are up to four times as fast that way round.
+    """
     seen: Tensor
     """(N, in), the x that the branches saw."""
     measured: list[Tensor | None]
@@ -178,15 +181,15 @@ def run(x: Tensor, layers: Sequence[Part], mask: Tensor | None = None, drop: Dro
     """The layers' outputs for x (N, in); under dropout, a gain acts as in ``b + W x + (g - 1) W drop(x) + ...``."""
     seen, share = (x, 1.0) if drop is None else (drop.x, drop.share)
     a = _stacked(layers)
-    h = None if a is None else seen @ a.t()
+    h = None if a is None else a @ seen.t()
     if h is not None and mask is not None:
-        h = h * mask
+        h = h * mask.t()
     ys: list[Tensor] = []
     measured: list[Tensor | None] = []
     start = 0
     for part in layers:
         y, g, scaling = F.linear(x, part.weight, part.bias), part.gain, part.scaling / share
-        own = None if h is None else h[:, start : start + part.rank]
+        own = None if h is None else h[start : start + part.rank].t()
         z = None
         if part.b is not None and own is not None and g is None:
             y.addmm_(own, part.b.t(), alpha=scaling)
@@ -238,7 +241,7 @@ def back(
     starts = [sum(part.rank for part in layers[:i]) for i in range(len(layers))]
     dh = None
     if given and (needs[0] or any(needs[1::3])) and any(part.rank for part in layers):
-        dh = given[0][2].new_zeros(given[0][2].shape[0], sum(part.rank for part in layers))
+        dh = given[0][2].new_zeros(sum(part.rank for part in layers), given[0][2].shape[0])
     direct: list[tuple[Tensor, Tensor]] = []  # products whose sum is x's gradient, but for what went through dropout
     through: list[tuple[Tensor, Tensor]] = []
     for i, part, g in given:
@@ -256,24 +259,24 @@ def back(
             continue
         rows = slice(starts[i], starts[i] + part.rank)
         if h is not None and (needs[3 * i + 2] or each[i][2] is not None):
-            db = (h[:, rows].t() @ g).t().mul_(scaling)  # the thin operand first: half the time of g^T h
+            db = (h[rows] @ g).t().mul_(scaling)
             if part.gain is not None and keep is not None:
                 if each[i][2] is not None:
                     each[i][2] = each[i][2] + (db * part.b).sum(1, dtype=part.gain.dtype)
                 db = _scaled(db, part.gain)
             each[i][1] = db if needs[3 * i + 2] else None
         if dh is not None:
-            torch.mm(g, b * scaling, out=dh[:, rows])
+            torch.mm((b.t() * scaling).contiguous(), g.t(), out=dh[rows])
     if dh is not None and mask is not None:
-        dh *= mask
+        dh *= mask.t()
     if dh is not None and seen is not None and any(needs[1::3]):
-        for i, da in enumerate((dh.t() @ seen).split([part.rank for part in layers])):
+        for i, da in enumerate((dh @ seen).split([part.rank for part in layers])):
             each[i][0] = da if needs[3 * i + 1] and grads[i] is not None else None
     if not needs[0] or not direct:
         return Gradients(None, each)
     a = _stacked(layers)
     if dh is not None and a is not None:
-        (direct if keep is None else through).append((dh, a))
+        (direct if keep is None else through).append((dh.t(), a))
     dx = _summed(direct)
     return Gradients(dx if keep is None or not through else dx.add_(_summed(through).mul_(keep)), each)
 
