@@ -34,7 +34,8 @@ def on_config(config: Any) -> Any:
     methods = [*sorted(f"methods/{n.lower()}.md" for n in make_method_pages.registry.METHODS)]
     stems = (*make_method_pages.VARIANTS, *make_method_pages.STARTS)
     starts = [f"methods/{make_method_pages.page_name(stem)}" for stem in stems]
-    pages = ["methods/index.md", {"What works where": "methods.md"}, *methods, {"Variants and starts of LoRA": starts}]
+    pages: list[Any] = ["methods/index.md", {"What works where": "methods.md"}, {"By name": methods}]
+    pages.append({"Variants and starts of LoRA": starts})
     for part in config.nav:
         if "Methods" in part:
             part["Methods"] = pages

@@ -24,8 +24,8 @@ class LoraConfig(LayerConfig):
             milora, mica, orthogonal, loftq, eva, corda, lora_ga.
         rank_pattern: name or regex of layers: their own rank.
         alpha_pattern: name or regex of layers: their own alpha.
-        megatron_config: read from files, and refused: Megatron's layers are not built in.
-        megatron_core: belongs to ``megatron_config``.
+        megatron_config: settings of Megatron's parallel layers, which are recognised by it.
+        megatron_core: the module that holds their classes.
         loftq_config: settings of the start "loftq".
         eva_config: settings of the start "eva".
         corda_config: settings of the start "corda".
