@@ -67,7 +67,7 @@ class Adapter(nn.Module):
 
     def __init__(self, site: Site, config: Any):
         super().__init__()
-        self.site = site
+        self.__dict__["site"] = site
 
     if TYPE_CHECKING:  # a torch module's attributes are whatever was set
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from veneer.core import quant
+from veneer.core import lean, quant
 
 Parameters = dict[str, nn.Parameter | None]
 """Parameter name -> object, as taken out of or put into a layer."""
@@ -184,7 +184,7 @@ class LinearSite(Site):
         return F.linear(x, weight, bias)
 
     def factors(self, rank):
-        return nn.Linear(self.in_features, rank, bias=False), nn.Linear(rank, self.out_features, bias=False)
+        return lean.linear(self.in_features, rank), lean.linear(rank, self.out_features)
 
 
 class Conv1DSite(LinearSite):
@@ -357,7 +357,7 @@ class WeightSite(Site):
         return functional_call(self.module, self.replaced(weight, bias), (x, *args), kwargs)
 
     def factors(self, rank):
-        return nn.Linear(self.in_features, rank, bias=False), nn.Linear(rank, self.out_features, bias=False)
+        return lean.linear(self.in_features, rank), lean.linear(rank, self.out_features)
 
 
 class _Slice(Site):
@@ -391,7 +391,7 @@ class _Slice(Site):
         return F.linear(x, weight, bias)
 
     def factors(self, rank):
-        return nn.Linear(self.in_features, rank, bias=False), nn.Linear(rank, self.out_features, bias=False)
+        return lean.linear(self.in_features, rank), lean.linear(rank, self.out_features)
 
 
 class OpaqueSite(Site):

@@ -28,6 +28,23 @@ class Adapted(nn.Module):
     """A layer with named adapters around it, of any methods, side by side."""
 
     is_adapted = True
+    base_layer: Any
+    adapters: Any
+    """name -> Adapter"""
+    site: Site
+    state: State
+    number: int
+    """Of the wrapper, for the switchboard."""
+    gains: dict[str, float | Tensor]
+    original: Parameters | tuple[nn.Module] | None = None
+    """What a merge put aside."""
+    lent: Parameters | None = None
+    guest: Parameters | None = None
+    merged_names: tuple[str, ...] = ()
+    _decided: int = -1
+    _names: tuple[str, ...] | list[str] = ()
+    _path: LowRankPath | None = None
+    _alone: tuple[Adapter, ...] = ()
     group: Any = None
     """The layers that are called with the same input as this one (``blocks.Group``), if any."""
     twins: dict[str, nn.Module] | None = None
@@ -35,20 +52,10 @@ class Adapted(nn.Module):
 
     def __init__(self, base_layer: nn.Module, site: Site, state: State):
         super().__init__()
-        self.base_layer: Any = base_layer
-        self.adapters: Any = nn.ModuleDict()  # name -> Adapter
-        self.site, self.state = site, state
-        self.number = state.enter(_device(base_layer))
-        self.gains: dict[str, float | Tensor] = {}
-        self.original: Parameters | tuple[nn.Module] | None = None
-        self.lent: Parameters | None = None
-        self.guest: Parameters | None = None
-        self.merged_names: tuple[str, ...] = ()
-        self._decided = -1
-        self._names: list[str] = []
-        self._path: LowRankPath | None = None
-        self._alone: tuple[Adapter, ...] = ()
-        self.train(base_layer.training)
+        self._modules.update(base_layer=base_layer, adapters=nn.ModuleDict())
+        number = state.enter(_device(base_layer))
+        # Past torch's own way to set attributes, which takes longer than all the rest.
+        self.__dict__.update(site=site, state=state, number=number, gains={}, training=base_layer.training)
 
     # ---- forward ----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,9 +101,10 @@ class Adapted(nn.Module):
     _twinned._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def train(self, mode: bool = True) -> Adapted:
-        for twin in (self.twins or {}).values():
-            twin.train(mode)
-        return super().train(mode)
+        self.training = mode
+        for module in (*self._modules.values(), *(self.twins or {}).values()):
+            module.train(mode)
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "twins"}
@@ -128,7 +136,8 @@ class Adapted(nn.Module):
         if adapter.training or torch.is_grad_enabled() or layer._forward_hooks or layer._forward_pre_hooks:
             return False
         weight = layer._parameters.get("weight")
-        return weight is not None and weight.dtype in (torch.float32, torch.float64)
+        plain = type(weight) is nn.Parameter and "forward" not in layer.__dict__
+        return plain and weight.dtype in (torch.float32, torch.float64)
 
     def _just_stands_around(self, adapter: Adapter) -> bool:
         """Whether the adapter needs nothing but the layer's input and the layer."""

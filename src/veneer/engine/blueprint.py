@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from veneer.core import registry
+from veneer.core import lean, registry
 from veneer.core.adapter import Adapter
 from veneer.core.config import PeftConfig
 from veneer.core.prompt import Prompt
@@ -98,6 +98,8 @@ def placed(module: nn.Module, at: _Place, device: torch.device | str | None, aut
     """Move a fresh module to its layer's device and its dtype: float32, or wider, or the base's where asked for."""
     dtype = torch.promote_types(at.dtype, torch.float32) if autocast else at.dtype
     target = torch.device(device) if device is not None else at.device
+    if all(t.device == target and (t.dtype is dtype or not t.is_floating_point()) for t in lean.tensors(module)):
+        return module
     if target.type == "meta" and device is None:
         return module.to(dtype=dtype)
     return module.to(device=target, dtype=dtype)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.core import registry
+from veneer.core import lean, registry
 from veneer.core.adapter import Adapter, Additive
 from veneer.core.backends import keep_layout
 from veneer.core.config import PeftConfig
@@ -59,6 +59,7 @@ class Tuner(nn.Module):
         return self.model(*args, **kwargs)
 
     # ---- adding and taking out --------------------------------------------------------------------------------------
+    @lean.unswept()
     def add(
         self,
         name: str,
@@ -129,7 +130,8 @@ class Tuner(nn.Module):
 
     def _watch(self) -> None:
         """Keep one hook on the model that copies the inputs adapters ask for, as long as any does."""
-        wanted = {w for host in self._all_hosts() for a in host.adapters.values() for w in a.wants}
+        builds = {type(host.adapters[name]) for name, hosts in self._hosts.items() for host in hosts}
+        wanted = {w for build in builds for w in build.wants}
         wanted |= {w for prompt in self.prompts.values() for w in getattr(prompt, "wants", ())}
         self.inputs.clear()
         self._wanted = frozenset(wanted)
@@ -166,8 +168,10 @@ class Tuner(nn.Module):
         else:
             host = self._wrapped(current, site)
             self._set_child(parent, leaf, host)
-        adapter.site = host.site if adapter.site is site else adapter.site
-        adapter.train(host.training)
+        if adapter.site is site and host.site is not site:
+            adapter.site = host.site
+        if not host.training:
+            adapter.train(False)
         host.adapters[name] = adapter
         if adapter.looks_around:
             object.__setattr__(adapter, "beside", host.adapters)  # no sub-module of its own
@@ -189,11 +193,11 @@ class Tuner(nn.Module):
         *parts, leaf = path.split(".")
         module = self.model
         for part in parts:
-            module = getattr(_innermost(module), part)
+            module = _innermost(module)._modules[part]
         return _innermost(module), leaf
 
     def _child(self, parent: nn.Module | None, leaf: str) -> nn.Module:
-        return self.model if parent is None else getattr(parent, leaf)
+        return self.model if parent is None else parent._modules[leaf]
 
     def _set_child(self, parent: nn.Module | None, leaf: str, module: nn.Module) -> None:
         if parent is None:
@@ -413,8 +417,12 @@ class Tuner(nn.Module):
         modules += [table[name] for table in (self.shared, self.prompts) if name in table]
         for module in modules:
             fixed: frozenset[str] = getattr(module, "fixed", frozenset())
-            for key, parameter in module.named_parameters():
-                parameter.requires_grad_(on and key not in fixed)
+            for each in lean.inside(module):
+                for parameter in each._parameters.values():
+                    if parameter is not None and parameter.requires_grad is not on:
+                        parameter.requires_grad_(on)
+            for key in fixed if on else ():
+                module.get_parameter(key).requires_grad_(False)
         (self._training.add if on else self._training.discard)(name)
 
     def freeze(self, *names: str, frozen: bool = True) -> None:

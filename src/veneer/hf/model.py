@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import veneer.methods  # noqa: F401 - enters the methods into the registry
-from veneer.core import registry
+from veneer.core import lean, registry
 from veneer.core.config import CONFIG_NAME, PeftConfig, TaskType
 from veneer.core.prompt import Prompt
 from veneer.core.root import Root
@@ -63,7 +63,7 @@ class PeftModel(shown.Shows):
         self.register_forward_pre_hook(_route, with_kwargs=True)
         if not isinstance(peft_config, PeftConfig):
             raise TypeError(f"peft_config must be a config such as LoraConfig, not a {type(peft_config).__name__}.")
-        if any(isinstance(module, Adapted) for module in model.modules()):
+        if any(isinstance(module, Adapted) for module in lean.inside(model)):
             warnings.warn(
                 "You are trying to modify a model with PEFT for a second time: it has adapters already. To have one "
                 "more beside them, call add_adapter; to start again, .unload() first.",
@@ -72,9 +72,10 @@ class PeftModel(shown.Shows):
         build = tuner_class(str(peft_config.peft_type))
         self.base_model: Any = build(model)
         self.autocast_adapter_dtype = autocast_adapter_dtype
+        checkpoints = _checkpoints(model)  # asked of each module: while there are few of them
         self._add(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
-        if _checkpoints(model):
+        if checkpoints:
             self._inputs_require_grad()
         config = getattr(model, "config", None)
         if getattr(config, "pretraining_tp", 1) not in (1, None):
@@ -580,8 +581,8 @@ def _has(model: nn.Module, name: str) -> bool:
 
 def _checkpoints(model: nn.Module) -> bool:
     """Whether the base recomputes activations; transformers renamed the property in 5.23."""
-    name = "is_activation_checkpointing"
-    return bool(getattr(model, name if hasattr(model, name) else "is_gradient_checkpointing", False))
+    asked = getattr(model, "is_activation_checkpointing", None)
+    return bool(getattr(model, "is_gradient_checkpointing", False) if asked is None else asked)
 
 
 def _require_grad(module: nn.Module, args: tuple, output: torch.Tensor) -> None:

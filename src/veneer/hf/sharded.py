@@ -12,8 +12,10 @@ import importlib
 import sys
 from collections.abc import Iterable, Iterator
 
+import torch
 from torch import Tensor, nn
 
+from veneer.core import lean
 from veneer.core.parts import whole
 from veneer.engine import checkpoint
 from veneer.engine.tuner import Tuner
@@ -70,7 +72,8 @@ def refuse_late(model: nn.Module) -> None:
         ValueError: a module of the model has been through ``fully_shard``.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in model.modules()):
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and fsdp is not None and any(isinstance(m, fsdp.FSDPModule) for m in lean.inside(model)):
         raise ValueError(
             "This model is sharded (fully_shard), and an adapter added now would stay outside: each process would "
             "train its own. Add the adapter first, then shard."
@@ -80,4 +83,4 @@ def refuse_late(model: nn.Module) -> None:
 def _parameters(tuner: Tuner, name: str) -> Iterable[nn.Parameter]:
     modules: list[nn.Module] = [holder for _, holder, _ in checkpoint.holders(tuner, name)]
     modules += [tuner.prompts[name]] if name in tuner.prompts else []
-    return {id(p): p for module in modules for p in module.parameters()}.values()
+    return {id(t): t for module in modules for t in lean.tensors(module) if isinstance(t, nn.Parameter)}.values()

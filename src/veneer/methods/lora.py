@@ -32,6 +32,24 @@ from veneer.ops.lowrank import LowRank, lowrank
 Factors = tuple[Tensor, Tensor]
 
 
+class NoDropout:
+    """In the place of a dropout that drops nothing."""
+
+    p = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
+NO_DROPOUT = NoDropout()
+
+
+def _kaiming(weight: Tensor) -> None:
+    """Uniform within 1 / sqrt(inputs), as torch starts its own layers."""
+    bound = 1 / math.sqrt(max(1, weight[0].numel()))
+    weight.uniform_(-bound, bound)
+
+
 @method("LORA", LoraConfig)
 class Lora(Additive):
     """``y = base(x) + s B A drop(x)`` on linear and convolutional layers, through the layer kind's own factors."""
@@ -79,12 +97,12 @@ class Lora(Additive):
 
     def __init__(self, site: Site, config: LoraConfig):
         super().__init__(site, config)
-        self.r, self.lora_alpha, self.scaling = config.r, config.lora_alpha, config.scaling
+        # Past torch's own way to set attributes: a large model has thousands of these.
+        self.__dict__.update(r=config.r, lora_alpha=config.lora_alpha, scaling=config.scaling, arriving=None)
         self.splits = lora_split.splits(config.init_lora_weights)
-        self.arriving: Factors | None = None
         self.register_buffer("start_A", None, persistent=False)
         self.register_buffer("start_B", None, persistent=False)
-        self.lora_dropout = nn.Dropout(config.lora_dropout)
+        self.lora_dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else NO_DROPOUT
         self.make_factors(site, config)
         self.start(config)
 
@@ -103,17 +121,12 @@ class Lora(Additive):
 
     def reset(self, how: bool | str = True) -> None:
         """Draw A and B: True Kaiming and zero, "gaussian" N(0, 1/r) and zero, False both Kaiming."""
-        a, b = self.lora_A.weight, self.lora_B.weight
-        if how == "gaussian":
-            nn.init.normal_(a, std=1 / self.r)
-        else:
-            nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        if how is False:
-            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
-            if self.lora_B.bias is not None:
-                nn.init.uniform_(self.lora_B.bias, -1 / math.sqrt(self.r), 1 / math.sqrt(self.r))
-        else:
-            nn.init.zeros_(b)
+        a, b, bias = self.lora_A.weight, self.lora_B.weight, self.lora_B.bias
+        with torch.no_grad():
+            a.normal_(std=1 / self.r) if how == "gaussian" else _kaiming(a)
+            b.zero_() if how is not False else _kaiming(b)
+            if how is False and bias is not None:
+                bias.uniform_(-1 / math.sqrt(self.r), 1 / math.sqrt(self.r))
 
     def delta(self, x: Tensor) -> Tensor:
         return self.branch(x, self.lora_dropout.p if self.training else 0.0)

@@ -1,0 +1,49 @@
+"""Modules made and walked without what torch's own ways do besides: it counts where there are thousands of them."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def unswept() -> Iterator[None]:
+    """Within: Python does not look for garbage, of which many new objects would make it think there must be some."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def linear(in_features: int, out_features: int) -> nn.Linear:
+    """A bias-free linear layer whose weight is still to be written; torch would draw one that is drawn anew anyway."""
+    layer = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(layer)
+    layer.__dict__.update(in_features=in_features, out_features=out_features)
+    layer._parameters.update(weight=nn.Parameter(torch.empty(out_features, in_features)), bias=None)
+    return layer
+
+
+def inside(module: nn.Module) -> Iterator[nn.Module]:
+    """A module and all that is in it, each once, in no order that counts."""
+    left, seen = [module], set()
+    while left:
+        module = left.pop()
+        if module not in seen:
+            seen.add(module)
+            yield module
+            left += [child for child in module._modules.values() if child is not None]
+
+
+def tensors(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters and buffers of a module and of all that is in it."""
+    for each in inside(module):
+        for table in (each._parameters, each._buffers):
+            yield from (tensor for tensor in table.values() if tensor is not None)
