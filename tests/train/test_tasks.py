@@ -278,7 +278,11 @@ def rows_of(tmp_path, *labels):
         ([str(i) for i in range(40)], "", "has a class of its own.*columns: {label"),
         (["a", "b"] * 20, "--classes.names [a,c]", r"20 rows have a class that classes.names lacks; .*has 'b'"),
         (["a", "b"] * 20, "--eval.metric bleu", "eval.metric is 'bleu'.*measures accuracy, f1, loss"),
-        (["a", "b"] * 20, "--adapter.task_type CAUSAL_LM", "task sequence-classification needs SEQ_CLS"),
+        (
+            ["a", "b"] * 20,
+            "--adapter.task_type CAUSAL_LM",
+            "task sequence-classification needs SEQ_CLS; set .* task: sft",
+        ),
         ([None, "b"] * 20, "", "d.jsonl row 1: 'label' must be one class"),
     ],
 )

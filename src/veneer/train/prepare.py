@@ -17,6 +17,16 @@ from veneer.train.tasks import Material, Metric, Task
 from veneer.train.tokens import Tokenised
 
 
+# The task that a stored adapter config speaks of.
+TASK_OF = {
+    "CAUSAL_LM": "sft",
+    "SEQ_2_SEQ_LM": "seq2seq",
+    "SEQ_CLS": "sequence-classification",
+    "TOKEN_CLS": "token-classification",
+    "FEATURE_EXTRACTION": "embeddings",
+}
+
+
 @dataclass(frozen=True)
 class Schedule:
     """A run counted in optimiser steps."""
@@ -67,8 +77,8 @@ def prepare(config: RunConfig) -> Prepared:
     adapter = adapters.build(config.adapter, notices, task_type=task.adapter_type)
     if str(adapter.task_type) != task.adapter_type:
         raise ValueError(
-            f"The adapter's task_type is {adapter.task_type}, and task {config.task} needs {task.adapter_type}; change "
-            "adapter.task_type, or the task."
+            f"The adapter's task_type is {adapter.task_type}, and task {config.task} needs {task.adapter_type}; set "
+            f"adapter.task_type, or task: {TASK_OF.get(str(adapter.task_type), 'another one')}."
         )
     base = models.load_config(config.model)
     tokenizer = models.load_tokenizer(config.model)
