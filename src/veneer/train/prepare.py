@@ -16,7 +16,6 @@ from veneer.train.config import RunConfig
 from veneer.train.tasks import Material, Metric, Task
 from veneer.train.tokens import Tokenised
 
-
 # The task that a stored adapter config speaks of.
 TASK_OF = {
     "CAUSAL_LM": "sft",
