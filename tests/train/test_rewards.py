@@ -81,6 +81,14 @@ def test_a_reward_that_gives_nonsense_is_stopped(gives, message):
     ]
 
 
+@pytest.mark.parametrize(
+    ("use", "message"), [("model", "needs the option 'path'"), ("judge", "needs the option 'model'")]
+)
+def test_a_reward_that_loads_a_model_is_checked_before(use, message):
+    with pytest.raises(ValueError, match=message):
+        rewards.check(use, {})
+
+
 def test_a_column_that_is_missing_is_named():
     with pytest.raises(ValueError, match="'exact' reads the column 'answer', and the rows have answers; did you mean"):
         worth("exact", ["a"], {"answers": ["a"]})

@@ -69,8 +69,15 @@ class Grpo(Sft):
                 f"{{column: answer}}}}]}}; built in are {', '.join([*rewards.BUILT_IN, *rewards.MADE])}."
             )
         for one in rl.rewards:
-            if one.use not in rewards.MADE:  # these load a model, so they wait until it is needed
-                rewards.find(one.use, one.options)
+            rewards.check(one.use, one.options)
+            if one.use in rewards.MADE and "url" not in one.options:
+                material.notices.append(
+                    f"The reward '{one.use}' loads a model of its own, beside the memory given here."
+                )
+        if taken := {"prompts", "completions"} & {name for example in material.rows for name in example.extra}:
+            raise ValueError(
+                f"The data have a column '{min(taken)}', which rewards get from the run; name it otherwise."
+            )
         _groups(material)
         rows = [_asking(example) for example in material.rows]
         renderer = tokens.renderer(material.tokenizer, rows, options.template, options.system)
@@ -108,15 +115,17 @@ class Grpo(Sft):
         arguments["per_device_eval_batch_size"] = config.rl.generations
         arguments.pop("label_names")
         cls = type(f"Adapted{name}Trainer", (Sampled, trl(f"{name}Trainer", config.task)), {})
-        functions = [rewards.Checked(one.use, rewards.find(one.use, one.options)) for one in config.rl.rewards]
+        rows = [*prepared.feed, *prepared.held.rows]
+        columns = [row["columns"] for row in rows]
+        functions = [rewards.Checked(one.use, rewards.find(one.use, one.options), columns) for one in config.rl.rewards]
         return cls(
             model,
             reference,
             config.task,
             args=trl(f"{name}Config", config.task)(**arguments),
             reward_funcs=functions,
-            train_dataset=_table(prepared.feed),
-            eval_dataset=_table(prepared.held.rows) if len(prepared.held) else None,
+            train_dataset=_table(rows, 0, len(prepared.feed)),
+            eval_dataset=_table(rows, len(prepared.feed), len(rows)) if len(prepared.held) else None,
             processing_class=prepared.tokenizer,
             optimizers=(optimiser, None),
         )
@@ -243,9 +252,9 @@ def _groups(material: Material) -> None:
     train.accumulate = fitting
 
 
-def _table(rows: list[dict[str, Any]]) -> Any:
-    """The rows as TRL takes them: the prompt, and the columns that rewards read."""
+def _table(rows: list[dict[str, Any]], start: int, stop: int) -> Any:
+    """The rows as TRL takes them: the prompt, and the number under which rewards find the rest."""
     from datasets import Dataset, disable_progress_bars  # slow to import, and TRL's own
 
     disable_progress_bars()
-    return Dataset.from_list([{**row["columns"], "prompt": row["prompt"]} for row in rows])
+    return Dataset.from_list([{"prompt": rows[i]["prompt"], rewards.NUMBER_OF: i} for i in range(start, stop)])

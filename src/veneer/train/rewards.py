@@ -22,6 +22,8 @@ from typing import Any
 
 Reward = Callable[..., Sequence[float | None]]
 Texts = list[str]
+NUMBER_OF = "number_of_the_row"
+"""The one column that goes through the trainer."""
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -165,6 +167,20 @@ def find(use: str, options: dict[str, Any], folder: Path = Path()) -> Reward:
     return partial
 
 
+def check(use: str, options: dict[str, Any]) -> None:
+    """Refuse a reward that cannot be found, without loading a model for it.
+
+    Raises:
+        ValueError: as ``find``; or a model or judge that is not named.
+    """
+    if use not in MADE:
+        find(use, options)
+    elif use == "model" and "path" not in options:
+        raise ValueError("The reward 'model' needs the option 'path', the output folder of a task: reward run.")
+    elif use == "judge" and not {"model", "adapter"} & options.keys():
+        raise ValueError("The reward 'judge' needs the option 'model', a folder, a hub id, or with 'url' a name there.")
+
+
 def _own(use: str, folder: Path) -> Reward:
     source, _, name = use.rpartition(":")
     if not source:
@@ -220,10 +236,12 @@ class Checked:
     Args:
         use: its name in the settings.
         function: what is called.
+        rows: the columns of every row, found by the number that the trainer hands on, so that they reach the function
+            as they stand in the data.
     """
 
-    def __init__(self, use: str, function: Reward):
-        self.use, self.function = use, function
+    def __init__(self, use: str, function: Reward, rows: Sequence[dict[str, Any]] | None = None):
+        self.use, self.function, self.rows = use, function, rows
         self.__name__ = re.sub(r"\W+", "_", Path(use).name if ".py:" in use else use)
 
     def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float | None]:
@@ -233,6 +251,8 @@ class Checked:
             ValueError: it gives no list of as many numbers.
         """
         texts = [text(said) for said in completions]
+        if self.rows is not None:
+            columns = _columns([self.rows[i] for i in columns[NUMBER_OF]])
         takes = inspect.signature(self.function).parameters
         if not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             columns = {name: value for name, value in columns.items() if name in takes}
@@ -247,6 +267,11 @@ class Checked:
         if any(value is not None and not math.isfinite(value) for value in worth):
             raise ValueError(f"The reward '{self.use}' gave a value that is no finite number.")
         return worth
+
+
+def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def text(said: Any) -> str:
