@@ -121,7 +121,7 @@ def blocks(width: int, hidden: int) -> dict[str, tuple[nn.Module, float]]:
         ),
         f"MixLoRA, top {K} of {EXPERTS}, r {R}": (
             tuned(nn.Sequential(FeedForward(width, hidden)), mixed),
-            EXPERTS * lora + 2 * EXPERTS * width,
+            EXPERTS * R * ((4 + 2 * K) * width + 6 * K * hidden) + 2 * EXPERTS * width,
         ),
         "  one by one": (BlocksOneByOne(width, hidden), (EXPERTS - 1) * base + EXPERTS * lora + 2 * EXPERTS * width),
     }

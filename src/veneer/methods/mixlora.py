@@ -5,9 +5,9 @@
 
 Put the feed-forward blocks ("mlp") into target_modules; linear layers that are named beside them (attention) get an
 ordinary LoRA. W_gate x and W_up x are computed once for all experts; as the gates sum to 1, so is W_down, of the mixed
-inner states: beside the base block a token costs 6 E r (d + f) + 2 E d FLOPs and k - 1 more activations, and no token
-is sorted or dropped. The loss gains ``balance_weight`` E sum_e f_e P_e, f_e counted over the k slots (k where even).
-B starts at zero, so the start is the base model. It depends on the input and cannot be merged.
+inner states: beside the base block a token costs E r ((4 + 2 k) d + 6 k f) + 2 E d FLOPs and k - 1 more activations,
+and no token is sorted or dropped. The loss gains ``balance_weight`` E sum_e f_e P_e, f_e counted over the k slots (k
+where even). B starts at zero, so the start is the base model. It depends on the input and cannot be merged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from veneer.core.sites import Site
 from veneer.methods.lora import Lora
 from veneer.methods.lora_config import LoraConfig
 from veneer.methods.mola import balance
-from veneer.ops.gating import gated_lowrank, top_k_softmax
+from veneer.ops.gating import top_k_softmax
 
 PROJECTIONS = ("gate", "up", "down")
 
@@ -110,21 +110,29 @@ class MixLora(Adapter):
         gates, p = top_k_softmax(x.to(self.dtype) @ self.mixlora_router.T, self.top_k)
         self._routing = (gates, p) if self.training else None
         gate, up = block.gate_proj(x), block.up_proj(x)  # once, for every expert
+        low_gate, low_up = self._reduced("gate", x), self._reduced("up", x)
         weights, chosen = gates.topk(self.top_k, dim=-1)
         inner, change = torch.zeros_like(gate), None
         for slot in range(self.top_k):
             one = torch.zeros_like(gates).scatter(-1, chosen[..., slot : slot + 1], 1.0)  # (..., E)
             share = weights[..., slot : slot + 1]
-            h = block.act_fn(gate + self._branch("gate", x, one)) * (up + self._branch("up", x, one))
+            opened = block.act_fn(gate + self._branch("gate", low_gate, one, gate.dtype))
+            h = opened * (up + self._branch("up", low_up, one, up.dtype))
             inner = inner + share.to(h.dtype) * h
-            part = self._branch("down", h, one * share)
+            part = self._branch("down", self._reduced("down", h), one * share, h.dtype)
             change = part if change is None else change + part
         return block.down_proj(inner) + change
 
-    def _branch(self, name: str, x: Tensor, gates: Tensor) -> Tensor:
-        """s sum_e gates_e B_e A_e x of one projection, in the dtype of ``x``."""
-        a, b = getattr(self, f"mixlora_{name}_A"), getattr(self, f"mixlora_{name}_B")
-        return (self.scaling * gated_lowrank(self.dropout(x.to(a.dtype)), a, b, gates)).to(x.dtype)
+    def _reduced(self, name: str, x: Tensor) -> Tensor:
+        """A_e x of one projection for every expert: (..., E, r)."""
+        a = getattr(self, f"mixlora_{name}_A")
+        return (self.dropout(x.to(a.dtype)) @ a.flatten(0, 1).T).unflatten(-1, a.shape[:2])
+
+    def _branch(self, name: str, low: Tensor, gates: Tensor, dtype: torch.dtype) -> Tensor:
+        """s sum_e gates_e B_e low_e of one projection."""
+        b = getattr(self, f"mixlora_{name}_B")
+        gated = (low * gates.to(low.dtype).unsqueeze(-1)).flatten(-2)
+        return (self.scaling * (gated @ b.transpose(1, 2).flatten(0, 1))).to(dtype)
 
     @property
     def routed(self) -> Tensor | None:
