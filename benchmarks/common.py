@@ -13,7 +13,9 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,6 +50,27 @@ def llama(
         num_attention_heads=heads, num_key_value_heads=heads, **more,
     )  # fmt: skip
     return LlamaForCausalLM(config)
+
+
+class Touched(TorchDispatchMode):
+    """Counts the bytes of all that torch's kernels read and write: what is written in place counts as both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.kernels: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        name = func.name()
+        if not views and not name.startswith(("aten::empty", "aten::new_empty", "aten::_unsafe_view")):
+            made = name.startswith("aten::new_") or "_like" in name  # of another's shape, unread
+            seen = tree_leaves(out if made else (args, kwargs, out))
+            count = sum(t.numel() * t.element_size() for t in seen if isinstance(t, Tensor))
+            self.bytes += count
+            self.kernels.append((name, count))
+        return out
 
 
 def interleave(candidates: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, dict[str, float]]:
