@@ -162,3 +162,12 @@ def test_rows_that_a_task_cannot_use_are_named(tmp_path, row, message):
     file.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=f"d.jsonl row 1: .*{message}"):
         data.load([str(file)])
+
+
+def test_a_prompt_that_many_rows_share_does_not_swallow_the_training_rows():
+    many = [data.Example("", prompt="same", completion=str(i)) for i in range(60)]
+    few = [data.Example("", prompt=str(i), completion="x") for i in range(40)]
+    for seed in range(5):
+        train, held = data.split(many + few, "auto", seed)
+        assert len(held) == 5 and not any(row.prompt == "same" for row in held)
+    assert data.split(many, "auto", 0) == (many, [])

@@ -131,10 +131,12 @@ def split(examples: list[Example], holdout: str | float, seed: int) -> tuple[lis
     order = list(groups.values())
     random.Random(seed).shuffle(order)
     held: set[int] = set()
-    for group in order:
+    for group in [group for group in order if len(group) <= wanted] or order:  # not far more than is wanted
         if len(held) >= wanted:
             break
         held.update(group)
+    if len(held) >= len(examples) and holdout == "auto":
+        return examples, []
     if len(held) >= len(examples):
         raise ValueError(f"data.holdout {holdout} would hold out all {len(examples)} rows and leave none to train on.")
     return [r for i, r in enumerate(examples) if i not in held], [r for i, r in enumerate(examples) if i in held]
