@@ -70,7 +70,9 @@ def test_a_swap_compiles_nothing_anew(tmp_path) -> None:
         compiles.append(1)
         return graph.forward
 
-    swaps = [saved(tmp_path / str(i), i, r=r, lora_alpha=alpha) for i, (r, alpha) in enumerate([(2, 5), (8, 3), (4, 9)])]
+    swaps = [
+        saved(tmp_path / str(i), i, r=r, lora_alpha=alpha) for i, (r, alpha) in enumerate([(2, 5), (8, 3), (4, 9)])
+    ]
     model = adapted(7)
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     torch._dynamo.reset()
@@ -120,10 +122,10 @@ def test_tensors_without_a_place_are_refused_and_nothing_changes(tmp_path) -> No
     folder, _ = saved(tmp_path, 1)
     model = adapted(target_modules=["linear"])
     before, y = model.peft_config["default"], model(IDS)
-    with pytest.raises(RuntimeError, match="unexpected keys found: .*conv"):
+    with pytest.raises(RuntimeError, match=r"unexpected keys found: .*conv"):
         hotswap_adapter(model, folder, "default")
     wrong = {"linear.lora_A.weight": torch.zeros(4, 9), "linear.lora_B.weight": torch.zeros(8, 4)}
-    with pytest.raises(RuntimeError, match="size mismatch: linear.lora_A.weight"):
+    with pytest.raises(RuntimeError, match=r"size mismatch: linear\.lora_A\.weight"):
         hotswap_adapter_from_state_dict(model, wrong, "default", LoraConfig(r=4))
     assert torch.equal(model(IDS), y) and model.peft_config["default"] is before
 

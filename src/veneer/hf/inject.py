@@ -11,6 +11,7 @@ import veneer.methods  # noqa: F401 - enters the methods into the registry
 from veneer.core import registry
 from veneer.core.config import PeftConfig
 from veneer.core.prompt import Prompt
+from veneer.engine.adapted import Adapted
 from veneer.engine.targets import find, walk
 from veneer.hf.tuner import PeftTuner, fill_defaults, tuner_class
 
@@ -42,6 +43,9 @@ def inject_adapter_in_model(
             f"{peft_config.peft_type} is read before the text and sits at no layer; use get_peft_model instead."
         )
     held = model.__dict__.get("_veneer_tuner")
+    if held and not any(isinstance(module, Adapted) for module in model.modules()):
+        held = None  # others take the wrapped layers out by themselves when they unload
+        model.__dict__.pop("peft_config", None)
     tuner: PeftTuner = held[0] if held else tuner_class(str(peft_config.peft_type))(model)
     places = None if state_dict is None else [_place_of(key) for key in state_dict]
     only = None if places is None else {path for path, _ in places}

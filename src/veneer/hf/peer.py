@@ -314,7 +314,7 @@ def register_peft_method(
     if not issubclass(model_cls, Adapter | Prompt):
         raise NotImplementedError(
             f"'{name}' cannot be registered with a tuner class ({model_cls.__name__}): here a method is one Adapter "
-            "class, which any layer is wrapped with. Write it as veneer's docs/extending.md shows."
+            "class, which any layer is wrapped with. Write it as veneer's docs/ecosystem.md and CONTRIBUTING.md show."
         )
     registry.method(peft_type, config_cls)(model_cls)
     if config_cls.type is None:
