@@ -1,18 +1,34 @@
 """Times a training step (forward and backward) of LoRA and its options over the frozen base's forward and backward.
 
+For veneer also with the loss that takes its logits in chunks, as ``veneer train`` does; elsewhere the model's own loss.
+
 python benchmarks/train_step.py --libraries veneer,peft --rank 8
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from common import arguments, interleave, libraries, llama, report
 
 
-def saved_bytes(model: Any, batch: dict[str, torch.Tensor]) -> float:
+def own_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model(**batch).loss
+
+
+def chunked_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    from veneer.hf.heads import label_log_probs
+
+    inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
+    log_p = label_log_probs(model, labels[:, 1:], labels.shape[1], **inputs)
+    assert log_p is not None
+    return -log_p.mean()
+
+
+def saved_bytes(model: Any, batch: dict[str, torch.Tensor], loss: Callable[..., torch.Tensor] = own_loss) -> float:
     """MiB of unique storages kept for backward, parameters excluded."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -24,7 +40,7 @@ def saved_bytes(model: Any, batch: dict[str, torch.Tensor]) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        model(**batch).loss.backward()
+        loss(model, batch).backward()
     return sum(kept.values()) / 2**20
 
 
@@ -39,36 +55,30 @@ def main() -> None:
     options = {"lora": {}, "dropout": {"lora_dropout": 0.1}, "dora": {"use_dora": True}}
     embeds = base.get_input_embeddings()(ids).detach()
 
-    def step_base() -> None:
-        base(inputs_embeds=embeds.clone().requires_grad_(), labels=ids, use_cache=False).loss.backward()
+    def stepping(model: Any, loss: Callable[..., torch.Tensor] = own_loss) -> Callable[[], None]:
+        return lambda: loss(model, batch()).backward()
 
-    candidates: dict[str, Any] = {"base": step_base}
-    models = {}
+    def batch() -> dict[str, Any]:
+        return {"inputs_embeds": embeds.clone().requires_grad_(), "labels": ids, "use_cache": False}
+
+    candidates: dict[str, Any] = {"base": stepping(base)}
+    saved: dict[str, Any] = {"base": lambda: saved_bytes(base, batch())}
     for option, more in options.items():
         for name, library in names.items():
             config = library.LoraConfig(
                 r=given.rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM", **more
             )
-            try:
-                model = library.get_peft_model(copy.deepcopy(base), config).train()
-            except NotImplementedError as error:
-                print(error)
-                continue
-            models[f"{name} {option}"] = model
-
-            def step(model=model) -> None:
-                model(inputs_embeds=embeds.clone().requires_grad_(), labels=ids, use_cache=False).loss.backward()
-
-            candidates[f"{name} {option}"] = step
-    report(
-        f"train step rank {given.rank} {given.dtype}: over the frozen base",
-        interleave(candidates, given.rounds),
-        "base",
-    )
-    batch = {"inputs_embeds": embeds.clone().requires_grad_(), "labels": ids, "use_cache": False}
-    print(f"{'saved for backward, MiB':34}{'base':>12}{saved_bytes(base, batch):12.0f}")
-    for name, model in models.items():
-        print(f"{'':34}{name:>12}{saved_bytes(model, batch):12.0f}")
+            model = library.get_peft_model(copy.deepcopy(base), config).train()
+            losses = {"": own_loss} | ({", chunked loss": chunked_loss} if name == "veneer" else {})
+            for suffix, loss in losses.items():
+                candidates[f"{name} {option}{suffix}"] = stepping(model, loss)
+                saved[f"{name} {option}{suffix}"] = lambda model=model, loss=loss: saved_bytes(model, batch(), loss)
+    print(f"{'kept for backward, MiB':34}")
+    for name, measure in saved.items():
+        print(f"{name:34}{measure():12.0f}", flush=True)
+    if given.rounds:
+        title = f"train step rank {given.rank} {given.dtype}: over the frozen base"
+        report(title, interleave(candidates, given.rounds), "base")
 
 
 if __name__ == "__main__":

@@ -154,8 +154,7 @@ def dropped(x: Tensor, p: float) -> Dropped:
     The probability is rounded to a 256th; the share kept is exact for what it was rounded to.
     """
     cut = min(max(round(p * 256), 1), 255)
-    words = torch.empty(-(-x.numel() // 8), dtype=torch.int64, device=x.device)
-    words.random_(-(2**63), None)  # all 64 bits
+    words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 8),), device=x.device)  # all 64 bits
     # In bytes throughout: comparing into booleans, and multiplying by them, costs several times as much.
     keep = words.view(torch.uint8)[: x.numel()].view_as(x).ge_(cut)
     return Dropped(x * keep, keep, 1 - cut / 256)
@@ -278,7 +277,7 @@ def back(
     if dh is not None and a is not None:
         (direct if keep is None else through).append((dh.t(), a))
     dx = _summed(direct)
-    return Gradients(dx if keep is None or not through else dx.add_(_summed(through).mul_(keep)), each)
+    return Gradients(dx if keep is None or not through else dx.addcmul_(_summed(through), keep), each)
 
 
 def _summed(products: list[tuple[Tensor, Tensor]]) -> Tensor:
