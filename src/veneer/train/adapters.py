@@ -157,6 +157,8 @@ def resolved(config: Any) -> dict[str, Any]:
     values = {k: v for k, v in config.to_dict().items() if k not in ("inference_mode", "peft_version")}
     plain = type(config)().to_dict()
     kept = {k: _plain(v) for k, v in values.items() if k != "peft_type" and v != plain.get(k) and v is not None}
+    if getattr(config, "adapters", None):  # where a mixture comes from, which its own file need not say
+        kept["adapters"] = _plain(config.adapters)
     return {"method": str(config.peft_type).lower(), **kept}
 
 
