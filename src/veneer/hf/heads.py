@@ -40,6 +40,8 @@ def whole(model: nn.Module) -> str | None:
     head = _head(model)
     if hasattr(model, "_orig_mod"):
         return "the model is compiled"
+    if _reads_twice(model):
+        return "its mixture runs the model twice"
     if type(head) is not nn.Linear:
         if head is None:
             return "it names no head"
@@ -99,6 +101,13 @@ def _head(model: nn.Module) -> nn.Module | None:
         base = base.module  # what spreads a model over processes
     base = base.get_base_model() if hasattr(base, "get_base_model") else base
     return base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+
+
+def _reads_twice(model: nn.Module) -> bool:
+    base: Any = model
+    while hasattr(base, "module") and not hasattr(base, "base_model"):
+        base = base.module  # what spreads a model over processes
+    return bool(getattr(getattr(base, "base_model", None), "roots", None))
 
 
 @contextlib.contextmanager
