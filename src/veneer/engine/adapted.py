@@ -28,9 +28,6 @@ class Adapted(nn.Module):
     """A layer with named adapters around it, of any methods, side by side."""
 
     is_adapted = True
-    base_layer: Any
-    adapters: Any
-    """name -> Adapter"""
     site: Site
     state: State
     number: int
@@ -56,6 +53,21 @@ class Adapted(nn.Module):
         number = state.enter(_device(base_layer))
         # Past torch's own way to set attributes, which takes longer than all the rest.
         self.__dict__.update(site=site, state=state, number=number, gains={}, training=base_layer.training)
+
+    # Torch finds modules only after every other kind of attribute was missed.
+    @property
+    def base_layer(self) -> Any:
+        """The layer that this one stands around; perhaps a wrapper itself."""
+        return self._modules["base_layer"]
+
+    @base_layer.setter
+    def base_layer(self, layer: nn.Module) -> None:
+        self._modules["base_layer"] = layer
+
+    @property
+    def adapters(self) -> Any:
+        """name -> Adapter"""
+        return self._modules["adapters"]
 
     # ---- forward ----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -282,7 +294,7 @@ class Adapted(nn.Module):
         if overrides:
             self.original = self.site.put({k: nn.Parameter(v.detach().clone(), False) for k, v in overrides.items()})
             self.merged_names = tuple(names)
-            self.state.changed()
+            self.state.renew()
             return None
         ordered = [
             (n, self.adapters[n]) for n in sorted(names, key=lambda n: not isinstance(self.adapters[n], Reweight))
@@ -295,7 +307,7 @@ class Adapted(nn.Module):
                 weight, bias = self._fold(ordered, self._given(way, ordered))
         dtype = self.site.dtype
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        if check and not (torch.isfinite(weight).all() and (bias is None or torch.isfinite(bias).all())):
+        if check and not (_finite(weight) and (bias is None or _finite(bias))):
             self.fold_in(before, check=False, keep=keep, way=way)
             raise ValueError(
                 f"NaNs detected in the merged weights: with {', '.join(names)}, those of '{self.site.path}' are not "
@@ -307,7 +319,7 @@ class Adapted(nn.Module):
         else:
             loss = self._settle_packed(row, exact, weight, bias, way)
         self.merged_names = tuple(names)
-        self.state.changed()
+        self.state.renew()
         if keep is not None:
             _moved(self.original, torch.device(keep))
         return loss
@@ -361,7 +373,7 @@ class Adapted(nn.Module):
         _moved(self.original, self.site.device)
         self.exchange(self.original)
         self.original, self.merged_names = None, ()
-        self.state.changed()
+        self.state.renew()
 
     def lend(self, residual: Parameters | None) -> None:
         """Have ``residual`` stand in for the layer's own parameters, or, with None, have those back."""
@@ -401,6 +413,11 @@ class Adapted(nn.Module):
                 raise
         found = self.each(name)
         return found if found else getattr(self.base_layer, name)
+
+
+def _finite(t: Tensor) -> bool:
+    """Whether all entries are: the least and the largest tell, in one pass and without a tensor of answers."""
+    return t.numel() == 0 or all(bool(torch.isfinite(end)) for end in torch.aminmax(t))
 
 
 def _device(layer: nn.Module) -> torch.device:

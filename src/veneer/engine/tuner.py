@@ -533,7 +533,7 @@ class Tuner(nn.Module):
             raise ValueError(f"'{weighing[0]}' weighs its adapters by the input, so they cannot be merged with it.")
         todo = [h for h in self._all_hosts(innermost_first=True) if any(n in h.adapters for n in chosen)]
         for host in todo:
-            if any(is_cut(p) for p in host.site.module.parameters(recurse=False)):
+            if any(is_cut(p) for p in host.site.module._parameters.values() if p is not None):
                 raise ValueError(
                     f"The weight of '{host.site.path}' is sharded between processes, so nothing can be merged into it; "
                     "save the adapter, and merge it in one process."

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, Additive
+from veneer.core.adapter import Adapter, Additive, Weight
 from veneer.core.registry import method
 from veneer.core.sites import Site
 from veneer.methods import lora_split
@@ -153,6 +153,16 @@ class Lora(Additive):
         a, b = self.matrices()
         return (self.scaling * (b @ a)).reshape(self.site.shape)
 
+    def merged(self, weight: Tensor, bias: Tensor | None) -> Weight:
+        a, b = self.matrices()
+        own = type(self).delta_weight is not Lora.delta_weight
+        if own or weight.dim() != 2 or a.dim() != 2 or isinstance(self.scaling, Tensor):
+            return super().merged(weight, bias)
+        change = self.delta_bias()
+        if change is not None:
+            bias = change.to(weight) if bias is None else bias + change.to(bias)
+        return torch.addmm(weight, b.to(weight), a.to(weight), alpha=self.scaling), bias  # in one pass over W
+
     def matrices(self, factors: Factors | None = None) -> Factors:
         """(A, B) as matrices: s B A is the delta, up to its shape; a leading dimension counts groups or experts.
 
@@ -275,6 +285,15 @@ class LoraWeight(Lora):
                 f"{option} cannot act on the bare parameter '{site.path}', whose input is out of reach; turn it off."
             )
         self.lora_A, self.lora_B = site.factors(config.r * (site.stack or 1))
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> Weight:
+        a, b = self.matrices()
+        if weight.dim() != 2 or a.dim() != 2 or isinstance(self.scaling, Tensor):
+            return super().merged(weight, bias)
+        change = self.delta_bias()
+        if change is not None:
+            bias = change.to(weight) if bias is None else bias + change.to(bias)
+        return torch.addmm(weight, b.to(weight), a.to(weight), alpha=self.scaling), bias  # in one pass over W
 
     def matrices(self, factors: Factors | None = None) -> Factors:
         (a, b), stack = factors or self.factors(), self.site.stack
