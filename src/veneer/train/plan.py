@@ -203,7 +203,10 @@ def _memory(prepared: Prepared, model: Any, dtype: torch.dtype, device: torch.de
     if prepared.config.train.gradient_checkpointing:
         model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
         kept = _activations(prepared, model)
-    holes = round(HOLES * whole) if device.type == "cpu" else 0
+    holes = 0
+    if device.type == "cpu":  # a packed base was dense while it was loaded, and the heap does not give that back
+        trainable, total = counts(model)
+        holes = round(HOLES * whole) + max(0, (total - trainable) * dtype.itemsize - frozen)
     moments = optimisers.state_bytes(prepared.config.train.optimizer, own)
     return Memory(frozen, trained, trained, moments, kept, holes, _runtime(device), _available(device))
 
