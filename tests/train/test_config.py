@@ -131,3 +131,13 @@ def test_a_config_saved_for_inference_trains_with_a_notice(tmp_path):
     assert built.inference_mode is False
     assert "inference_mode" in notices[0]
     assert adapters.build(adapters.resolved(built)).to_dict() == built.to_dict()
+
+
+def test_a_bare_key_is_looked_for_in_the_sections_that_the_task_reads():
+    words = ["--model", "m", "--data", "d.jsonl", "--out", "o", "--max-new-tokens", "9"]
+    assert config.load(None, [], words).eval.max_new_tokens == 9
+    with pytest.raises(
+        config.ConfigError, match=r"several sections have .*--eval.max_new_tokens or --rl.max_new_tokens"
+    ):
+        config.load(None, [], [*words, "--task", "grpo"])
+    assert config.load(None, [], ["--pooling", "last", *words[:6], "--task", "embeddings"]).embeddings.pooling == "last"

@@ -134,8 +134,10 @@ def load(
         ConfigError: anything invalid, every error with ``file:line`` and the nearest valid name.
     """
     doc = document.read(path) if path is not None else Document()
-    for key, value, flag in document.overrides(sets, list(rest)):
-        _override(doc, key, value, flag)
+    overrides = document.overrides(sets, list(rest))
+    task = next((value for key, value, _ in reversed(overrides) if key == "task"), doc.values.get("task", "sft"))
+    for key, value, flag in overrides:
+        _override(doc, key, value, flag, [one for one in LEAVES.get(key, []) if task in USED_BY.get(one, (task,))])
     problems: list[tuple[Loc, str]] = []
     config = None
     try:
@@ -159,13 +161,14 @@ def load(
     return config
 
 
-def _override(doc: Document, key: str, value: Any, flag: str) -> None:
+def _override(doc: Document, key: str, value: Any, flag: str, sections: list[str]) -> None:
+    """Set one key; ``sections`` are those that have it and that the task reads."""
     key = SHORT.get(key, key)
     loc = tuple(key.split("."))
-    if len(loc) == 1 and key not in RunConfig.model_fields and len(LEAVES.get(key, [])) == 1:
-        loc = (LEAVES[key][0], key)
-    elif len(loc) == 1 and len(LEAVES.get(key, [])) > 1 and key not in RunConfig.model_fields:
-        choices = " or ".join(f"--{section}.{key}" for section in LEAVES[key])
+    if len(loc) == 1 and key not in RunConfig.model_fields and len(sections) == 1:
+        loc = (sections[0], key)
+    elif len(loc) == 1 and len(sections) > 1 and key not in RunConfig.model_fields:
+        choices = " or ".join(f"--{section}.{key}" for section in sections)
         raise ConfigError(f"{flag}: several sections have '{key}'; say {choices}.")
     section = SECTIONS.get(str(loc[0]))
     written = doc.values.get(loc[0])
