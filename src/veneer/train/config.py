@@ -136,6 +136,7 @@ def load(
     doc = document.read(path) if path is not None else Document()
     overrides = document.overrides(sets, list(rest))
     task = next((value for key, value, _ in reversed(overrides) if key == "task"), doc.values.get("task", "sft"))
+    task = str(task).lower().replace("_", "-")
     for key, value, flag in overrides:
         _override(doc, key, value, flag, [one for one in LEAVES.get(key, []) if task in USED_BY.get(one, (task,))])
     problems: list[tuple[Loc, str]] = []
