@@ -41,7 +41,8 @@ def judge(
     print(file=sys.stderr)
     if out:
         out.write_text("".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8")
-        print(f"Wrote {len(pairs)} pairs to {out}. Next:  veneer init --model MODEL --data {out}")
+        after = f". Next:  veneer init --model MODEL --data {out}" if pairs else ": there is no verdict that counts."
+        print(f"Wrote {len(pairs)} pairs to {out}{after}")
     turned = 100 * tally.inconsistent / max(1, tally.asked)
     print(f"{tally.inconsistent} of {tally.asked} verdicts ({turned:.0f} %) changed with the order; they do not count.")
     if turned > 50:
