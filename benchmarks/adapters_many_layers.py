@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import tempfile
 
+import torch
 from common import arguments, interleave, libraries, llama, report
 
 
@@ -66,6 +67,25 @@ def main() -> None:
             f"{name}: {modules / (7 * given.layers + 1):.1f} modules a linear layer with {given.adapters - 1} adapters"
         )
     report("merge_and_unload", interleave({n: (lambda n=n: models[n].merge_and_unload()) for n in names}, 1, 0), last)
+    merging(names, given.rounds)
+
+
+def merging(names: dict, rounds: int) -> None:
+    """Time ``merge_and_unload`` of a few wide layers over the bare products and sums, whose memory is new as well."""
+    base = llama(hidden=1024, layers=2, mlp=2816, vocab=256, heads=8)
+    kinds = {
+        n: lib.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        for n, lib in names.items()
+    }
+    ready = {
+        n: [lib.get_peft_model(copy.deepcopy(base), copy.deepcopy(kinds[n])) for _ in range(rounds + 1)]
+        for n, lib in names.items()
+    }
+    weights = [m.weight.detach() for n, m in base.named_modules() if n.endswith("_proj")]
+    factors = [(torch.randn(w.shape[0], 8), torch.randn(8, w.shape[1])) for w in weights]
+    candidates = {"addmm": lambda: [torch.addmm(w, b, a) for w, (b, a) in zip(weights, factors, strict=True)]}
+    candidates |= {n: (lambda n=n: ready[n].pop().merge_and_unload(safe_merge=True)) for n in names}
+    report("merge_and_unload wide layers", interleave(candidates, rounds), "addmm")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,16 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("startup", "adapters_many_layers", "decode", "train_step", "methods_step", "starts", "optimizer")
+SCRIPTS = (
+    "startup",
+    "adapters_many_layers",
+    "decode",
+    "train_step",
+    "train_rows",
+    "methods_step",
+    "starts",
+    "optimizer",
+)
 
 
 def draw(results: Path) -> Path:
