@@ -113,7 +113,7 @@ class Adapted(nn.Module):
     _twinned._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def train(self, mode: bool = True) -> Adapted:
-        self.training = mode
+        self.training, self._decided = mode, -1
         for module in (*self._modules.values(), *(self.twins or {}).values()):
             module.train(mode)
         return self

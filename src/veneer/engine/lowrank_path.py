@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from veneer.core.adapter import Additive
 from veneer.core.cache import Seen
+from veneer.core.lean import inside
 from veneer.ops.lowrank import LowRank, fused_linear, joined
 
 if TYPE_CHECKING:
@@ -33,6 +34,14 @@ class Stack(NamedTuple):
     """b's transpose, (total rank, out)."""
     parts: tuple[tuple[str, int, float], ...]
     """(adapter, rank, scaling) of each."""
+
+
+class Slots(NamedTuple):
+    """Where several adapters keep their factors, (table, name) each: read anew in each call, without asking them."""
+
+    a: list[tuple[dict, str]]
+    b: list[tuple[dict, str]]
+    parts: tuple[tuple[str, int, float], ...]
 
 
 class Mask(NamedTuple):
@@ -66,6 +75,7 @@ class LowRankPath:
         self.scalings = [getattr(adapter, "scaling", None) for adapter in self.adapters]
         same = before is not None and before.adapters == self.adapters and before.scalings == self.scalings
         self.stack: Stack | None = before.stack if before is not None and same else None
+        self.slots: Slots | None = None
 
     def __call__(self, x: Tensor) -> Tensor | None:
         layer = self.layer
@@ -77,6 +87,9 @@ class LowRankPath:
         bias, trains = layer._parameters["bias"], torch.is_grad_enabled()
         if self.stack is not None and not trains and self.stack.seen.unwritten():
             return _inferred(x, weight, bias, self.stack.down, self.stack.up, self._mask(x, self.stack.parts))
+        if self.slots is not None and not trains:
+            down, up = torch.cat([t[n] for t, n in self.slots.a]).t(), torch.cat([t[n] for t, n in self.slots.b], 1).t()
+            return _inferred(x, weight, bias, down, up, self._mask(x, self.slots.parts))
         lows: list[LowRank] = []
         alone = self.route is None and len(self.adapters) == 1
         for adapter in self.adapters:
@@ -98,6 +111,8 @@ class LowRankPath:
         if self.route is not None:
             shared = [adapter.shared for adapter in self.adapters if adapter.shared is not None]
             self.stack = Stack(Seen(*self.adapters, *shared), down.to(x.dtype), up.to(x.dtype).contiguous(), parts)
+        elif not any(adapter.training for adapter in self.adapters):
+            self.slots = _slots(self.adapters, lows, parts)
         return _inferred(x, weight, bias, down, up, self._mask(x, parts))
 
     def _parts(self, lows: list[LowRank]) -> tuple[tuple[str, int, float], ...]:
@@ -114,6 +129,13 @@ class LowRankPath:
             values = self.state.mask(batch, parts, x.device, x.dtype, size // (batch * x.shape[-1]))
         self.mask = Mask(self.state.masks, size, batch, values)
         return values
+
+
+def _slots(adapters: list[Additive], lows: list[LowRank], parts: tuple[tuple[str, int, float], ...]) -> Slots | None:
+    """The adapters' slots; None where factors are computed."""
+    where = {id(t): (m._parameters, n) for a in adapters for m in inside(a) for n, t in m._parameters.items()}
+    a, b = [where.get(id(low.a)) for low in lows], [where.get(id(low.b)) for low in lows]
+    return None if None in a or None in b else Slots(a, b, parts)  # type: ignore[arg-type]
 
 
 def _inferred(
