@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 import veneer
-from veneer.train import adapters, config, recipes
+from veneer.train import adapters, config, distributed, launch, recipes
 from veneer.train.prepare import prepare
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
@@ -83,16 +83,15 @@ def same(one: Path, other: Path, rtol: float = 1e-4, atol: float = 1e-6) -> None
     assert losses(other) == pytest.approx(losses(one), rel=max(rtol, 1e-3))
 
 
-CASES = {
-    "ddp": [],
-    "fsdp2": ["--distributed.strategy", "fsdp2"],
-    "fsdp2-bfloat16": ["--distributed.strategy", "fsdp2", "--dtype", "bfloat16"],
-    "fsdp2-nf4": ["--distributed.strategy", "fsdp2", "--model.quantize", "nf4"],
+CASES: dict[str, tuple[list[str], list[str]]] = {
+    "ddp": ([], []),
+    "fsdp2": (["--distributed.strategy", "fsdp2"], []),
+    "fsdp2-bfloat16": (["--distributed.strategy", "fsdp2"], ["--dtype", "bfloat16"]),
+    "fsdp2-nf4": (["--distributed.strategy", "fsdp2"], ["--model.quantize", "nf4"]),
+    "fsdp2-bnb-nf4": (["--distributed.strategy", "fsdp2"], ["--model.quantize", "bnb-nf4"]),
+    "tensor-parallel": (["--distributed.strategy", "tensor-parallel", "--train.batch-size", "4"], []),
 }
-
-
-def single(case: str) -> list[str]:
-    return [word for word in CASES[case] if word not in ("--distributed.strategy", "fsdp2", "tensor-parallel")]
+"""What only the two processes are told, and what the single one is told too."""
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +99,7 @@ def runs(base, facts, tmp_path_factory) -> Path:
     """Every run of two processes in one start of them: importing is what takes long."""
     folder = tmp_path_factory.mktemp("two")
     alone(base, facts, folder / "one")
-    jobs = [{"words": words(base, facts, folder / case, *TWO, *more)} for case, more in CASES.items()]
+    jobs = [{"words": words(base, facts, folder / case, *TWO, *own, *both)} for case, (own, both) in CASES.items()]
     for strategy in ("ddp", "fsdp2"):
         cut_off(folder / "one", folder / f"one-then-{strategy}", 2)
         more = [*TWO, "--distributed.strategy", strategy]
@@ -126,7 +125,8 @@ def runs(base, facts, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_as_one_does(runs, base, facts, case):
-    one = runs / "one" if not single(case) else alone(base, facts, runs / f"{case}-alone", *single(case))
+    both = CASES[case][1]
+    one = alone(base, facts, runs / f"{case}-alone", *both) if both else runs / "one"
     loose = {"rtol": 0.05, "atol": 5e-3} if "bfloat16" in case else {}
     same(one, runs / case, **loose)
     assert all(value.dtype == torch.float32 for value in load_file(runs / case / FILE).values())
@@ -160,3 +160,98 @@ def test_what_lies_outside_of_the_blocks_is_refused_for_fsdp2(runs):
     said = (runs / "prompt" / "refused.txt").read_text()
     assert "trains outside of them; use ddp" in said
     assert not (runs / "prompt" / FILE).exists()
+
+
+# ---- starting processes, and losing them ----------------------------------------------------------------------------
+@pytest.fixture
+def started(monkeypatch):
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def settings(base, facts, out, *more: str) -> config.RunConfig:
+    return config.load(None, [], words(base, facts, out, *TWO, "--processes", "2", *more), adapters.problems)
+
+
+def test_a_run_whose_process_is_killed_starts_again_and_ends_as_if_nothing_had_been(
+    runs, base, facts, started, monkeypatch
+):
+    out = runs / "killed"
+    jobs = [{"words": words(base, facts, out, *TWO), "dies": {"rank": 1, "step": 3}}]
+    (runs / "killed.json").write_text(json.dumps(jobs))
+    monkeypatch.setattr(launch, "WORKER", (str(WORKER),))
+    launch.run(settings(base, facts, out, "--distributed.restarts", "1"), [str(runs / "killed.json")])
+    same(runs / "one", out)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "then"),
+    [
+        (True, "nothing up to step 4 is lost: go on with `veneer train .*run.yaml --resume`"),
+        (False, "there was no whole checkpoint yet, so start again with --overwrite"),
+    ],
+)
+def test_a_dead_process_is_one_sentence(tmp_path, base, facts, started, monkeypatch, checkpoint, then):
+    out = tmp_path / "out"
+    if checkpoint:
+        (out / "checkpoints" / "checkpoint-4").mkdir(parents=True)
+        (out / "checkpoints" / "checkpoint-4" / "complete.json").write_text("{}")
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import os, signal, time\nos.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
+    )
+    monkeypatch.setattr(launch, "WORKER", (str(worker),))
+    with pytest.raises(ChildProcessError, match=rf"Process 1 of 2 was killed \(SIGKILL\); {then}"):
+        launch.run(settings(base, facts, out), [])
+
+
+def test_who_starts_the_processes(base, facts, tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert launch.wanted(settings(base, facts, tmp_path))
+    assert not launch.wanted(config.load(None, [], words(base, facts, tmp_path), adapters.problems))
+    with pytest.raises(ValueError, match=r"torchrun --standalone --nproc-per-node 2 -m veneer\.cli train"):
+        launch.wanted(settings(base, facts, tmp_path, "--launch", "torchrun"))
+    monkeypatch.setenv("RANK", "0")
+    assert not launch.wanted(settings(base, facts, tmp_path, "--launch", "torchrun"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "package"), [("launch", "ray", "ray"), ("strategy", "deepspeed-zero3", "deepspeed")]
+)
+def test_a_missing_package_is_named(base, facts, tmp_path, monkeypatch, key, value, package):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = settings(base, facts, tmp_path, f"--distributed.{key}", value)
+    with pytest.raises(ImportError, match=f"needs the package {package}: pip install"):
+        launch.run(given, []) if key == "launch" else distributed.join(given, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("more", [["--task", "dpo"], ["--model.quantize", "nf4"]])
+def test_what_tensor_parallelism_cannot_do_is_refused(base, facts, tmp_path, monkeypatch, more):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = settings(base, facts, tmp_path, "--distributed.strategy", "tensor-parallel", *more)
+    with pytest.raises(ValueError, match=r"distributed\.strategy tensor-parallel"):
+        distributed.join(given, torch.device("cpu"))
+
+
+def test_ray_starts_the_workers(runs, base, facts, started, monkeypatch):
+    ray = pytest.importorskip("ray")
+    monkeypatch.chdir(runs)
+    out = runs / "ray"
+    given = words(base, facts, out, *TWO, "--processes", "2", "--launch", "ray", "--device", "cpu")
+    try:
+        launch.run(config.load(None, [], given, adapters.problems), ["train", *given])
+    finally:
+        ray.shutdown()
+    same(runs / "one", out)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_as_one_process_does(runs, base, facts, stage):
+    pytest.importorskip("deepspeed")
+    out = runs / f"zero{stage}"
+    job = {"words": words(base, facts, out, *TWO, "--distributed.strategy", f"deepspeed-zero{stage}")}
+    done = together(runs, [job])
+    assert done.returncode == 0, done.stderr[-3000:]
+    same(runs / "one", out, rtol=1e-3, atol=1e-5)

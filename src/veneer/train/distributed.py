@@ -18,7 +18,6 @@ import importlib.util
 import math
 import os
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,16 @@ def join(config: RunConfig, device: torch.device) -> None:
     if device.type != "cpu":
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", 0)))
     if not dist.is_initialized():
-        dist.init_process_group("gloo" if device.type == "cpu" else None)
+        dist.init_process_group("gloo" if device.type == "cpu" else None, **_meeting())
+
+
+def _meeting() -> dict[str, Any]:
+    """Where processes meet that were started again: under another name than those before, who have left addresses."""
+    if not restarted():
+        return {}
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    place = dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": place, "rank": int(os.environ["RANK"]), "world_size": processes()}
 
 
 def _check(config: RunConfig, chosen: str) -> None:
@@ -123,6 +131,9 @@ def spread(model: Any, config: RunConfig) -> Any:
     """
     if strategy(config) == "fsdp2":
         shard(model)
+    elif strategy(config) == "tensor-parallel":
+        # The Trainer refuses checkpoints of what it takes for whole models in parts; ours hold the adapter alone.
+        model.get_base_model()._is_distributed_loading_by_transformers = False
     return model
 
 
@@ -198,17 +209,24 @@ def deepspeed_settings(stage: int) -> dict[str, Any]:
 
 
 # ---- the Trainer ----------------------------------------------------------------------------------------------------
-def settle(accelerator: Any, model: nn.Module) -> None:
-    """Have accelerate leave a model alone that is cut up already, and give tensor-parallel processes the same rows."""
-    if not is_spread(model):
-        return
-    accelerator.prepare_model = lambda model, *args, **kwargs: model
-    if parallel(model):
-        from accelerate.data_loader import prepare_data_loader
+def settle(accelerator: Any, model: nn.Module) -> int:
+    """Have accelerate leave a model alone that is cut up already, and give tensor-parallel processes the same rows.
 
-        accelerator.prepare_data_loader = lambda loader, *args, **kwargs: partial(
-            prepare_data_loader, num_processes=1, process_index=0, put_on_device=True, use_seedable_sampler=True
-        )(loader, accelerator.device)
+    Returns:
+        How many processes see rows of their own.
+    """
+    if not is_spread(model):
+        return accelerator.num_processes
+    accelerator.prepare_model = lambda model, *args, **kwargs: model
+    if not parallel(model):
+        return accelerator.num_processes
+    from accelerate.data_loader import prepare_data_loader
+
+    whole_batches = {"num_processes": 1, "process_index": 0, "put_on_device": True, "use_seedable_sampler": True}
+    accelerator.prepare_data_loader = lambda loader, *args, **kwargs: prepare_data_loader(
+        loader, accelerator.device, **whole_batches
+    )
+    return 1
 
 
 def is_spread(model: nn.Module) -> bool:

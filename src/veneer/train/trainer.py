@@ -162,10 +162,16 @@ class AdapterCheckpoints:
         folder.mkdir(parents=True, exist_ok=True)
         self.adapted.save_pretrained(str(folder))
 
+    def _build_accelerator_args(self: Any, **kwargs: Any) -> dict[str, Any]:
+        own = super()._build_accelerator_args(**kwargs)  # type: ignore[misc]
+        if distributed.is_spread(self.model):
+            own.pop("parallelism_config", None)  # accelerate has no part in how the model is cut up
+        return own
+
     def create_accelerator_and_postprocess(self: Any) -> None:
         """Make accelerate's part, which has nothing to do for a model that is cut up already."""
         super().create_accelerator_and_postprocess()  # type: ignore[misc]
-        distributed.settle(self.accelerator, self.model)
+        self.replicas = distributed.settle(self.accelerator, self.model)
 
     def save_model(self: Any, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter; every process calls this, for where tensors are cut up all of them gather."""
@@ -231,7 +237,7 @@ class AdapterTrainer(AdapterCheckpoints, Trainer):
         total, count = self.losses(model, inputs)
         loss = total / (num_items_in_batch if num_items_in_batch is not None else count.clamp(min=1))
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes
+            loss = loss * self.replicas
         return self.penalised(loss)
 
     def evaluate(  # type: ignore[override]
