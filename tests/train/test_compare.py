@@ -136,6 +136,7 @@ def test_where_more_is_better_the_highest_score_wins():
     result.contenders.sort(key=result.order)
     assert [one.name for one in result.contenders] == ["high", "low", "failed"]
     assert recommend(result).startswith("Take high: its held-out accuracy 0.9100 is higher")
+    assert "all others that finished" in recommend(result)
     result.before = 0.95
     assert "None of them learnt" in recommend(result)
 

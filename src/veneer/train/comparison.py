@@ -83,15 +83,14 @@ def recommend(result: Comparison) -> str:
         return f"{best.name} has the {most} held-out {score}, {best.mean:.4f}; one seed cannot say how sure that is."
     alike = [one for one in done[1:] if not differs(best, one)]
     if not alike:
-        return (
-            f"Take {best.name}: its held-out {score} {best.mean:.4f} is {more} than that of all others, seed by seed."
-        )
+        others = "all others" if len(done) == len(result.contenders) else "all others that finished"
+        return f"Take {best.name}: its held-out {score} {best.mean:.4f} is {more} than that of {others}, seed by seed."
     smallest = min([best, *alike], key=lambda one: one.trainable)
-    others = ", ".join(one.name for one in alike)
+    names = ", ".join(one.name for one in alike)
     text = (
         f"{best.name} has the {most} mean held-out {score}, {best.mean:.4f}, but {len(result.seeds)} seeds cannot tell "
     )
-    text += f"{others} apart from it"
+    text += f"{names} apart from it"
     if smallest is best:
         return text + f"; take {best.name}, which is also the smallest of them."
     return text + f"; of these, {smallest.name} trains the fewest parameters ({smallest.trainable:,})."
