@@ -32,7 +32,9 @@ class Seen:
         self.versions = [t._version for t in self.tensors] if self.countable else []
         self.pointers = [t.data_ptr() for t in self.tensors]
         found += [(m._modules, n, child) for m in inner for n, child in m._modules.items() if list(child.parameters())]
-        self.tables, self.names, self.held = zip(*found, strict=True) if found else ((), (), ())
+        self.tables: list[dict] = [table for table, _, _ in found]
+        self.names = [name for _, name, _ in found]
+        self.held = [held for _, _, held in found]
 
     def still(self) -> bool:
         """Whether nothing has changed."""

@@ -74,7 +74,8 @@ class LowRankPath:
         self.mask: Mask | None = None
         self.scalings = [getattr(adapter, "scaling", None) for adapter in self.adapters]
         same = before is not None and before.adapters == self.adapters and before.scalings == self.scalings
-        self.stack: Stack | None = before.stack if before is not None and same else None
+        kept = before.stack if before is not None and same else None
+        self.stack: Stack | None = kept if kept is not None and kept.seen.still() else None
         self.slots: Slots | None = None
 
     def __call__(self, x: Tensor) -> Tensor | None:

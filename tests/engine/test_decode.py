@@ -1,0 +1,109 @@
+"""What is kept from one decoded token to the next is never older than the tensors it was made from."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from veneer import DeloraConfig, FourierFTConfig, LoHaConfig, LoraConfig, OFTConfig, ShiraConfig, VeraConfig
+from veneer.core.config import PeftConfig
+from veneer.engine.tuner import Tuner
+
+X = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+def adapted(config: PeftConfig, names: str = "a") -> Tuner:
+    tuner = Tuner(Net())
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        tuner.add(name, config)
+        for _, adapter in tuner.adapters(name):
+            for parameter in adapter.parameters():
+                parameter.data.add_(0.1 * torch.randn_like(parameter))
+    tuner.set_active(names[0])
+    return tuner.eval()
+
+
+def kept(tuner: Tuner) -> Tensor:
+    with torch.no_grad():
+        return tuner(X)
+
+
+def fresh(tuner: Tuner) -> Tensor:
+    """The output where gradients are wanted: nothing is kept there."""
+    return tuner(X).detach()
+
+
+METHODS = {
+    "delora": DeloraConfig(r=2, target_modules=["layer"]),
+    "dora": LoraConfig(r=2, target_modules=["layer"], use_dora=True),
+    "fourierft": FourierFTConfig(n_frequency=5, target_modules=["layer"]),
+    "loha": LoHaConfig(r=2, target_modules=["layer"]),
+    "oft": OFTConfig(oft_block_size=4, target_modules=["layer"]),
+    "shira": ShiraConfig(r=1, target_modules=["layer"]),
+    "vera": VeraConfig(r=4, target_modules=["layer"]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_new_values_are_seen(method: str) -> None:
+    tuner = adapted(METHODS[method])
+    before = kept(tuner)
+    assert torch.allclose(before, fresh(tuner), atol=1e-6) and torch.equal(kept(tuner), before)
+    with torch.no_grad():
+        for _, adapter in tuner.adapters("a"):
+            for parameter in adapter.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    assert not torch.allclose(kept(tuner), before) and torch.allclose(kept(tuner), fresh(tuner), atol=1e-6)
+    with torch.no_grad():
+        tuner.model.layer.base_layer.weight.mul_(1.5)
+    assert torch.allclose(kept(tuner), fresh(tuner), atol=1e-6)
+    tuner.double()
+    with torch.no_grad():
+        assert torch.allclose(tuner(X.double()).float(), kept(tuner.float()), atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_mixed_batch_sees_new_values_names_and_strengths() -> None:
+    config = LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
+    tuner = adapted(config, "ab")
+    host = tuner.hosts()[0]
+
+    def check(*names: str) -> None:
+        each = {}
+        tuner.route(None)
+        for name in dict.fromkeys(names):
+            tuner.set_active(name)
+            each[name] = tuner(X)
+        tuner.route(names)
+        for _ in range(2):
+            y = tuner(X)
+            assert host._path is not None and host._path.stack is not None
+            assert all(torch.allclose(y[i], each[name][i], atol=1e-6) for i, name in enumerate(names))
+
+    check("a", "b", "b", "a")
+    check("b", "b", "a", "a")
+    tuner.route(["a", "b", "b", "a"])
+    before = tuner(X)
+    host.adapters["a"].lora_A.weight.mul_(2)
+    after = tuner(X)
+    assert not torch.allclose(before[0], after[0]) and torch.equal(before[1], after[1])
+    host.adapters["b"].scaling = 3.0
+    host.settle()
+    check("a", "b", "b", "a")
+    tuner.bfloat16().float()  # the digits that are lost are lost for the batch as well
+    check("a", "b", "b", "a")
+    tuner.delete("a")
+    tuner.add("a", config)
+    check("a", "b", "b", "a")
