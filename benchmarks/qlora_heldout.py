@@ -1,11 +1,12 @@
 """Does a quantised base learn as well? Held-out loss of LoRA and of QLoRA, on the same rows, with several seeds each.
 
-    python benchmarks/qlora_heldout.py MODEL [--ways lora,nf4,bnb-nf4] [--seeds 3] [--steps 80]
+    python benchmarks/qlora_heldout.py MODEL [--ways lora,nf4,bnb-nf4,qpissa,loftq] [--seeds 3] [--steps 80]
 
-Every run is ``veneer train`` on the quickstart's reviews (320 to train on, 80 held out) with gradient checkpointing on;
-only ``model.quantize`` and the seed differ, which fixes LoRA's start and the order of the rows. What counts is the
-loss that the run ends with, of its best checkpoint. Noise is the spread between the seeds of one way. A run that has
-finished is read from its folder and not run again. Start it from the root of a clone.
+Every run is ``veneer train`` on the quickstart's reviews (320 to train on, 80 held out) with gradient checkpointing on.
+Only ``model.quantize`` and the seed differ, which fixes LoRA's start and the order of the rows; ``qpissa`` and
+``loftq`` fit the start to our NF4 (``quantize_with_adapter``). What counts is the loss that a run ends with, of its best
+checkpoint; noise is the spread between the seeds of one way. A run that has finished is read from its folder and not
+run again. Start it from the root of a clone.
 """
 
 from __future__ import annotations
@@ -14,17 +15,31 @@ import argparse
 import io
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from veneer import quantize_with_adapter
 from veneer.train import adapters, config, models, recipes
-from veneer.train.prepare import prepare
+from veneer.train.prepare import Prepared, build, prepare
 from veneer.train.quickstart import CONFIG
 
-QUANTIZE = {"lora": "none"}
+QUANTIZE = {"lora": "none", "qpissa": "none", "loftq": "none"}
 """Way -> ``model.quantize``; the others are called as that setting calls them."""
+STARTS = ("qpissa", "loftq")
+
+
+def packed_along(start: str) -> Callable[[Prepared], Any]:
+    """As ``prepare.build``, with the base put into NF4 along with the adapter's start."""
+
+    def made(prepared: Prepared) -> Any:
+        model = build(prepared)
+        quantize_with_adapter(model, start)
+        return model
+
+    return made
 
 
 def run(given: argparse.Namespace, way: str, seed: int) -> dict[str, Any]:
@@ -36,6 +51,7 @@ def run(given: argparse.Namespace, way: str, seed: int) -> dict[str, Any]:
         words += [str(given.steps // 4), "--train.gradient_checkpointing", "true", "--eval.prompts", "0"]
         words += ["--train.threads", "1", "--output.dir", str(folder)]
         prepared = prepare(config.load(CONFIG, [], words, adapters.problems))
+        recipes.build = packed_along(way) if way in STARTS else build
         recipes.run(prepared, Console(file=io.StringIO()))
     return json.loads((folder / "report.json").read_text(encoding="utf-8"))
 
