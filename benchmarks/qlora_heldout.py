@@ -4,7 +4,7 @@
 
 Every run is ``veneer train`` on the quickstart's reviews (320 to train on, 80 held out) with gradient checkpointing on.
 Only ``model.quantize`` and the seed differ, which fixes LoRA's start and the order of the rows; ``qpissa`` and
-``loftq`` fit the start to our NF4 (``quantize_with_adapter``). What counts is the loss that a run ends with, of its best
+``loftq`` fit the start to our NF4 (``quantize_with_adapter``). What counts is the loss a run ends with, of its best
 checkpoint; noise is the spread between the seeds of one way. A run that has finished is read from its folder and not
 run again. Start it from the root of a clone.
 """
