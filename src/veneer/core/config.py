@@ -329,7 +329,7 @@ class LayerConfig(PeftConfig):
                 and getattr(self, name) is not None
             ):
                 raise ValueError(f"{name} cannot be used when target_modules is a str (a regex); give a list of names.")
-        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+        if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("layers_pattern needs layers_to_transform to be set as well.")
         own = f"{(self.type or 'x').lower()}_only"
         if self.bias not in ("none", "all") and not self.bias.endswith("_only"):

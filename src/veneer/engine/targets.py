@@ -231,7 +231,7 @@ def _without_excluded(
 def _in_layers(config: Any, targets: list[Target], strict: bool) -> list[Target]:
     """Keep what lies in ``layers_to_transform``; a target given by its whole path has said its layer already."""
     layers, pattern = _field(config, "layers_to_transform"), _field(config, "layers_pattern")
-    if layers is None:
+    if layers is None or layers == []:
         return targets
     layers = {layers} if isinstance(layers, int) else set(layers)
     patterns = [pattern] if isinstance(pattern, str) else list(pattern or ())

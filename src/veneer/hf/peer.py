@@ -241,10 +241,15 @@ def check_target_module_exists(config: Any, key: str) -> bool:
     layers = getattr(config, "layers_to_transform", None)
     if not wanted or not matcher(wanted).match(key):
         return False
-    if layers is None or isinstance(wanted, str) or key in wanted:
+    if layers is None or layers == [] or isinstance(wanted, str) or key in wanted:
         return True
-    numbers = [int(part) for part in key.split(".") if part.isdecimal()]
-    return bool(numbers) and numbers[0] in ({layers} if isinstance(layers, int) else set(layers))
+    patterns = getattr(config, "layers_pattern", None) or []
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    for form in [rf"(?:.*\.)?{pattern}\.(\d+)\." for pattern in patterns] or [r".*\.[^.]*\.(\d+)\."]:
+        found = re.match(form, key)
+        if found is not None:
+            return int(found[1]) in ({layers} if isinstance(layers, int) else set(layers))
+    return False
 
 
 def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
