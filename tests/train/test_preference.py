@@ -121,6 +121,7 @@ def test_the_reference_is_the_untouched_base_and_no_second_model_is_loaded(
     arguments = {"output_dir": str(tmp_path), "per_device_train_batch_size": 4, "use_cpu": True, "report_to": "none"}
     trainer = run.task.trainer(run, model, {**arguments, "max_steps": 4, "label_names": []}, None)
     assert len(loaded) <= 1 and trainer.ref_model is None
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     for row in trainer.train_dataset.select(range(3)):
         for side in ("chosen", "rejected"):
             assert row[f"ref_{side}_logps"] == pytest.approx(

@@ -67,7 +67,13 @@ class Inside:
     """Hands the trainer of TRL behind it the model inside the adapted one."""
 
     def __init__(self, model: Any, **options: Any):
-        super().__init__(model=model.get_base_model(), **options)  # type: ignore[call-arg]
+        base = model.get_base_model()
+        packed = getattr(base, "is_loaded_in_4bit", None)
+        if packed:  # TRL would round the adapter's tensors to bfloat16
+            base.is_loaded_in_4bit = False
+        super().__init__(model=base, **options)  # type: ignore[call-arg]
+        if packed:
+            base.is_loaded_in_4bit = packed
 
 
 class Policy(AdapterCheckpoints, Inside):
