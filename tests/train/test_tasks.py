@@ -18,6 +18,7 @@ from veneer.train.plan import make
 from veneer.train.prepare import build, prepare
 from veneer.train.seq2seq import target_losses
 from veneer.train.tagging import span_f1, spans
+from veneer.train.trainer import AdapterTrainer
 
 TASKS = {
     "sequence-classification": ("encoder", "reviews", "accuracy"),
@@ -183,6 +184,31 @@ def test_a_decoder_classifies_alike_alone_and_in_a_padded_batch(base, reviews, t
     torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
 
 
+def test_a_classifier_that_was_killed_goes_on_to_the_bit(encoder, reviews, tmp_path, monkeypatch):
+    """Head, dropout and the best score so far included."""
+    words = ["--steps", "8", "--eval.every", "2", "--lr", "3e-3", "--adapter.lora_dropout", "0.2"]
+    whole = run(prepare(settings("sequence-classification", encoder, reviews, tmp_path / "whole", *words)))
+    original = AdapterTrainer.training_step
+
+    def dies(self, *args, **kwargs):
+        if self.state.global_step == 5:
+            raise InterruptedError
+        return original(self, *args, **kwargs)
+
+    prepared = prepare(settings("sequence-classification", encoder, reviews, tmp_path / "cut", *words))
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterTrainer, "training_step", dies)
+        with pytest.raises(InterruptedError):
+            run(prepared)
+    again = run(prepare(prepared.config), resume=True)
+    assert (again.before, again.after, again.best_step) == (whole.before, whole.after, whole.best_step)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").open() if '"loss"' in line]
+        for name in ("whole", "cut")
+    ]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
 def test_a_resumed_run_of_another_task_is_refused(trained, encoder, sentences):
     out = trained("sequence-classification")[2]
     with pytest.raises(ValueError, match="has the task sequence-classification and cannot be resumed as token"):
@@ -255,8 +281,11 @@ def test_accuracy_and_f1_are_those_of_scikit_learn():
     assert found["f1"] == pytest.approx(metrics.f1_score(right, guessed, average="macro"))
 
 
-def test_a_word_of_several_tokens_learns_its_tag_once(encoder, sentences, tmp_path):
-    prepared = prepare(settings("token-classification", encoder, sentences, tmp_path))
+@pytest.mark.parametrize("model", ["encoder", "base"])
+def test_a_word_of_several_tokens_learns_its_tag_once(model, sentences, tmp_path, request):
+    """Also where tokens are bytes and begin with the blank before the word."""
+    folder = request.getfixturevalue(model)
+    prepared = prepare(settings("token-classification", folder, sentences, tmp_path))
     for row, source in zip(prepared.train.rows, prepared.train.sources, strict=True):
         names = prepared.config.classes.names
         assert [names[label] for label in row["labels"] if label >= 0] == source.extra["tags"]
