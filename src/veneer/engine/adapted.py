@@ -106,6 +106,7 @@ class Adapted(nn.Module):
 
     def _twinned(self) -> bool:
         """Make the adapters' twins, while a graph is traced; whether there are any."""
+        self.state.trace()
         self.__dict__["twins"] = twins(self)
         return self.twins is not None
 

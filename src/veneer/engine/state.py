@@ -36,6 +36,7 @@ class State:
     order: tuple[str, ...] = ()
     """All adapters, as a compiled graph lays them around a layer: where it matters, in the order of ``active``."""
     ordered: frozenset[str] = frozenset()
+    compiled: bool = False
     felt: dict[str, Any] = field(default_factory=dict)
     """The gains that are no numbers."""
     strengths: dict[str, Tensor] = field(default_factory=dict)
@@ -62,7 +63,8 @@ class State:
     def changed(self) -> None:
         """Have every wrapper decide anew, and every compiled graph see what holds now."""
         self.renew()
-        self._tell()
+        if self.compiled:
+            self._tell()
 
     def renew(self) -> None:
         """Have every wrapper decide anew."""
@@ -70,6 +72,12 @@ class State:
         self.masks = {}
 
     # ---- what compiled graphs read ----------------------------------------------------------------------------------
+    def trace(self) -> None:
+        """From now on there is a compiled graph that reads."""
+        if not self.compiled:
+            self.compiled = True
+            self._tell()
+
     def enter(self, device: torch.device) -> int:
         """The number of a new wrapper: its row in ``strengths``."""
         self.reach(device)
@@ -93,7 +101,7 @@ class State:
             return
         self._local[wrapper, name] = gain
         self.version += 1
-        if name in self.order:
+        if self.compiled and name in self.order:
             place, value = (wrapper, self.order.index(name)), gain * self._everywhere(name)
             for device, before in self.strengths.items():
                 self.strengths[device] = before.clone()
@@ -213,6 +221,5 @@ class State:
         twin = State(self.active, self.enabled, dict(self.gains), self.route, self.version, self.order, self.ordered)
         twin._wrappers, twin._local = self._wrappers, dict(self._local)
         twin.strengths = dict.fromkeys(self.strengths, torch.zeros(0, 0))
-        twin._tell()
         memo[id(self)] = twin
         return twin

@@ -413,11 +413,14 @@ class Tuner(nn.Module):
             self._train(name, True)
 
     def _train(self, name: str, on: bool) -> None:
-        modules: list[nn.Module] = [host.adapters[name] for host in self._hosts[name]]
+        modules: list[nn.Module] = [host._modules["adapters"]._modules[name] for host in self._hosts[name]]
         modules += [table[name] for table in (self.shared, self.prompts) if name in table]
         for module in modules:
             fixed: frozenset[str] = getattr(module, "fixed", frozenset())
-            for each in lean.inside(module):
+            left = [module]
+            while left:
+                each = left.pop()
+                left += [child for child in each._modules.values() if child is not None]
                 for parameter in each._parameters.values():
                     if parameter is not None and parameter.requires_grad is not on:
                         parameter.requires_grad_(on)
