@@ -452,6 +452,38 @@ def write(path, values):
 
 # ---- files ----------------------------------------------------------------------------------------------------------
 @probe
+def combining_factors():
+    model = mlp(METHODS["ia3"]())
+    model.add_adapter("b", METHODS["ia3"]())
+    model.add_weighted_adapter(["default", "b"], [0.5, 0.25], "c")
+    own = model.base_model.model.lin0.ia3_l
+    return {"sum": torch.allclose(own["c"], 0.5 * own["default"] + 0.25 * own["b"]), "names": list(model.peft_config)}
+
+
+@probe
+def shared_tensors():
+    model = mlp(METHODS["vera"]())
+    layer = model.base_model.model.lin0
+    one = layer.vera_A["default"].data_ptr() == model.base_model.vera_A["default"].data_ptr()
+    return {"one": one, "shape": list(layer.vera_A["default"].shape)}
+
+
+@probe
+def targets_in_words():
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    found = {}
+    for words in (["q"], ["attn.q"], r".*\.q", "q"):
+        for layers, pattern in ((None, None), ([1], None), ([1], "h"), (1, ["h", "layers"]), ([], None)):
+            if isinstance(words, str) and layers is not None:
+                continue
+            config = LoraConfig(target_modules=words, layers_to_transform=layers, layers_pattern=pattern)
+            for path in ("q", "h.1.q", "x.h.1.attn.q", "layers.0.h.1.attn.q", "x.layers.1.h.2.q", "x.h.1.qq"):
+                found[f"{words} {layers} {pattern} {path}"] = bool(check_target_module_exists(config, path))
+    return found
+
+
+@probe
 def folders():
     folder = tempfile.mkdtemp()
     model = mlp()

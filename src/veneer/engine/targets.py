@@ -169,8 +169,8 @@ def _check(config: Any) -> None:
     others = any(_field(config, f) for f in ("modules_to_save", "trainable_token_indices"))
     if not names and not parameters and (names is None or not others):
         raise NoMatchingPeftModuleError(
-            "No `target_modules` passed but also no `target_parameters` found; give a list of names, a regular expression, "
-            "or 'all-linear'."
+            "No `target_modules` passed but also no `target_parameters` found; give a list of names, a regular "
+            "expression, or 'all-linear'."
         )
 
 

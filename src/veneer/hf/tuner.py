@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,8 +20,7 @@ from veneer.engine.combine import add_weighted_adapter
 from veneer.engine.packed_merge import REQUANTIZE, MergeReport
 from veneer.engine.targets import ALL_LINEAR, walk
 from veneer.engine.tuner import Tuner
-from veneer.hf import shown
-from veneer.hf import megatron
+from veneer.hf import megatron, shown
 from veneer.hf.architectures import default_targets, present
 from veneer.hf.layer_face import PeftLayer
 from veneer.hf.quantised import dequantized, way_of
@@ -241,9 +241,23 @@ class PeftTuner(shown.Shows, Tuner):
         Raises:
             ValueError: members that cannot be combined, an unknown type, or a name that is taken.
         """
+        if adapters and all(str(self.configs[n].peft_type) == "IA3" for n in adapters if n in self.configs):
+            return self._add_weighted_factors(adapters, weights, adapter_name)
         for ignored in ("svd_full_matrices", "svd_driver"):  # the sum's factors decide; no dense SVD is made
             options.pop(ignored, None)
         return add_weighted_adapter(self, adapters, weights, adapter_name, combination_type, **options)
+
+    def _add_weighted_factors(self, adapters: Sequence[str], weights: Sequence[float], name: str) -> dict[str, float]:
+        """IA3's sum, which is one of factors: l = sum_i w_i l_i at every layer of the first; where one has none, 1."""
+        self._require(*adapters)
+        self.inject(name, copy.copy(self.configs[adapters[0]]))
+        for host in self.hosts(name):
+            own = host.adapters[name].state_dict()
+            for key, value in own.items():
+                one = torch.ones_like(value)
+                each = [host.adapters[n].state_dict()[key] if n in host.adapters else one for n in adapters]
+                value.copy_(sum(w * v for w, v in zip(weights, each)))
+        return {}
 
     def update_and_allocate(self, global_step: int) -> None:
         """``after_step`` under AdaLoRA's name: call it after ``optimizer.step()``, before gradients are cleared."""
@@ -278,6 +292,9 @@ class PeftTuner(shown.Shows, Tuner):
         for root in self.roots.values():
             if name in root.public:
                 return getattr(root, name)
+        shared = shown.view({n: m for n, m in self.shared.items() if not isinstance(m, Root)}, name)
+        if shared is not None:
+            return shared
         return getattr(self.model, name)
 
 
