@@ -42,7 +42,7 @@ def sharp(base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def grpo(sharp, tmp_path_factory):
     folder = tmp_path_factory.mktemp("grpo")
-    run = prepared("grpo", sharp, folder, *words(folder, "--steps", "24", "--lr", "2e-2", "--eval.every", "12"))
+    run = prepared("grpo", sharp, folder, *words(folder, "--steps", "16", "--lr", "2e-2", "--eval.every", "8"))
     return folder, recipes.run(run, quiet())
 
 
@@ -52,13 +52,13 @@ def test_the_reward_of_one_s_own_function_rises(grpo):
     assert sum(rewards[-4:]) / 4 > sum(rewards[:4]) / 4 + 0.2
     assert outcome.after["reward"] > outcome.before["reward"] + 0.2
     assert "mine_py_plain" in next(name for name in outcome.after if name != "reward")
-    assert not (folder / "out" / "checkpoints" / "checkpoint-24" / "model.safetensors").exists()
+    assert not (folder / "out" / "checkpoints" / "checkpoint-16" / "model.safetensors").exists()
 
 
 def test_a_killed_run_resumes_with_the_same_rewards(grpo, sharp, tmp_path):
     whole, outcome = grpo
-    more = words(tmp_path, "--steps", "24", "--lr", "2e-2", "--eval.every", "12")
-    assert killed_at(14, lambda: recipes.run(prepared("grpo", sharp, tmp_path, *more), quiet())) == -signal.SIGKILL
+    more = words(tmp_path, "--steps", "16", "--lr", "2e-2", "--eval.every", "8")
+    assert killed_at(10, lambda: recipes.run(prepared("grpo", sharp, tmp_path, *more), quiet())) == -signal.SIGKILL
     again = recipes.run(prepared("grpo", sharp, tmp_path, *more), quiet(), resume=True)
     assert losses(tmp_path / "out") == losses(whole / "out")
     assert again.after["reward"] == outcome.after["reward"]
