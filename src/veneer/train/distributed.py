@@ -14,6 +14,7 @@ How the processes are started is the matter of ``veneer.train.launch``; here the
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 import os
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from veneer.core.parts import is_cut, parts_of, whole
 from veneer.train.config import RunConfig
@@ -206,6 +208,27 @@ def deepspeed_settings(stage: int) -> dict[str, Any]:
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
     }
+
+
+class _External(TrainerCallback):
+    """Tells ZeRO-3 that adapters read tensors of the layers inside them without calling these."""
+
+    def __init__(self, model: Any):
+        self.model = model
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """After DeepSpeed has taken the parameters apart, before the first forward."""
+        zero = importlib.import_module("deepspeed").zero
+        for host in self.model.base_model.hosts():
+            for adapter in host.adapters.values():
+                for module in adapter.modules():
+                    for parameter in adapter.parameters():
+                        zero.register_external_parameter(module, parameter)
+
+
+def callbacks(config: RunConfig, model: Any) -> list[TrainerCallback]:
+    """What the strategy has to do as the training begins."""
+    return [_External(model)] if strategy(config) == "deepspeed-zero3" else []
 
 
 # ---- the Trainer ----------------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def _trainer(prepared: Prepared, model: Any, device: torch.device, console: Cons
     interrupt = Interrupt(console.print)
     if routes(model):
         trainer.callback_handler.callbacks.insert(0, RoutingLog(metrics.path, model))
-    callbacks = [Adapters(model), metrics, progress, interrupt]
+    callbacks = [Adapters(model), metrics, progress, interrupt, *distributed.callbacks(config, model)]
     if config.eval.patience and best:
         callbacks.append(EarlyStoppingCallback(config.eval.patience))
     for callback in callbacks:
