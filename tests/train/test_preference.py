@@ -234,6 +234,7 @@ def test_the_plan_says_what_is_compared(base, tmp_path):
     facts = dict(plan.facts)
     assert facts["reference"].startswith("the bare base") and facts["pairs"].startswith("38;")
     assert [text for text, learnt in plan.sample if learnt][0].startswith("The")
+    assert plan.sample[-1] == ("\n  rather than\nno red<|im_end|>", False)
     single = make(prepared("reward", base, tmp_path)).memory
     assert plan.probe.tokens_per_second > 0 and plan.memory.activations > single.activations  # it has logits
     labels = dict(make(prepared("kto", base, tmp_path)).facts)["labels"]

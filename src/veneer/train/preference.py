@@ -109,6 +109,11 @@ class Preference(Sft):
 
         return total
 
+    def sample(self, prepared: Prepared) -> list[tuple[str, bool]]:
+        """The first chosen answer, and the one it is chosen over."""
+        worse = prepared.tokenizer.decode(prepared.train.rows[0]["rejected_ids"])
+        return [*super().sample(prepared), (f"\n  rather than\n{worse}", False)]
+
     def facts(self, prepared: Prepared) -> list[tuple[str, str]]:
         """How many pairs, how long, and what they are compared with."""
         train, options = prepared.train, prepared.config.data
@@ -192,6 +197,11 @@ class Kto(Preference):
         return [
             (prompt, said if row["label"] else f"not: {said}") for (prompt, said), row in zip(shown, rows, strict=True)
         ]
+
+    def sample(self, prepared: Prepared) -> list[tuple[str, bool]]:
+        """The first answer, and of which kind it is."""
+        good = prepared.train.rows[0]["label"]
+        return [*Sft.sample(self, prepared), (f"\n  which is {'good' if good else 'bad'}", False)]
 
     def facts(self, prepared: Prepared) -> list[tuple[str, str]]:
         """How many rows of each kind."""
