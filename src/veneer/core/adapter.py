@@ -92,8 +92,8 @@ class Adapter(nn.Module):
         """
         if site.kind == "opaque" and not cls.whole_modules:
             raise ValueError(
-                f"Target module '{site.path}' is not supported: {cls.__name__} needs a layer with a weight matrix, and it "
-                f"is a {type(site.module).__name__}; take it out of target_modules or put it into exclude_modules."
+                f"Target module '{site.path}' is not supported: {cls.__name__} needs a layer with a weight matrix, and "
+                f"it is a {type(site.module).__name__}; take it out of target_modules or put it into exclude_modules."
             )
         if site.cut:
             raise ValueError(

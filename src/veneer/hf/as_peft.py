@@ -36,8 +36,8 @@ USAGE = "usage: python -m veneer.as_peft SCRIPT [ARGUMENTS ...] | -m MODULE [ARG
 def install_as_peft() -> types.ModuleType:
     """Answer to the name ``peft`` from now on, in this process. A second call changes nothing.
 
-    Names in ``target_modules``, ``modules_to_save`` and ``exclude_modules`` that match nothing are then passed over with
-    a warning, as programs for the peer expect, as long as others match.
+    Names in ``target_modules``, ``modules_to_save`` and ``exclude_modules`` that match nothing are then passed over
+    with a warning, as programs for the peer expect, as long as others match.
 
     Call it early: transformers' Trainer, TRL, accelerate and diffusers look for ``peft`` when they are imported. Where
     there was none, they are made to look again; a real one that they imported cannot be replaced any more.

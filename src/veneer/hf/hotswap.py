@@ -209,7 +209,8 @@ def _fitted(tuner: Tuner, name: str, given: dict[str, Tensor], config: Any) -> l
         if not isinstance(adapter, Lora) or adapter.site.stack:
             raise HotswapError(
                 f"'{place}' holds a {type(adapter).__name__}{' of experts' if adapter.site.stack else ''}, and only "
-                "LoRA on linear layers, convolutions and embeddings can be swapped in place; load the adapter beside it."
+                "LoRA on linear layers, convolutions and embeddings can be swapped in place; load the adapter beside "
+                "it."
             )
         own = {}
         for key in adapter.holder.state_dict():

@@ -76,7 +76,8 @@ class IncrementalPCA:
         Raises:
             ValueError: fewer rows than components at the start, or another number of features than before.
         """
-        first = not hasattr(self, "components_")
+        kept = getattr(self, "components_", None), getattr(self, "singular_values_", None)
+        first = kept[0] is None
         if check_input:
             X = self._validate_data(X)
         n, k = X.shape
@@ -96,7 +97,7 @@ class IncrementalPCA:
         rows = X - (mean if first else X.mean(0, dtype=torch.float64))
         if not first:
             shift = (seen / int(total) * n) ** 0.5 * (self.mean_ - X.mean(0, dtype=torch.float64))
-            rows = torch.vstack([self.singular_values_.view(-1, 1) * self.components_, rows, shift])
+            rows = torch.vstack([kept[1].view(-1, 1) * kept[0], rows, shift])  # type: ignore[union-attr,operator]
         u, s, vt = self._svd_fn_lowrank(rows) if self.lowrank else self._svd_fn_full(rows)
         u, vt = self._svd_flip(u, vt, u_based_decision=False)
         variance, count = s**2 / (int(total) - 1), self.n_components
@@ -110,7 +111,8 @@ class IncrementalPCA:
 
     def transform(self, X: Tensor) -> Tensor:
         """``X`` (n_samples, n_features) in the directions found: (n_samples, n_components), float64."""
-        return (X - self.mean_) @ self.components_.to(self.mean_).T  # type: ignore[arg-type]
+        mean: Any = self.mean_
+        return (X - mean) @ self.components_.to(mean).T
 
     @staticmethod
     def gen_batches(n: int, batch_size: int, min_batch_size: int = 0) -> Iterator[slice]:

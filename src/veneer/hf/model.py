@@ -175,7 +175,7 @@ class PeftModel(shown.Shows):
         return self.base_model.active_adapters
 
     @property
-    def peft_type(self) -> str:
+    def peft_type(self) -> Any:
         """The method of the first active adapter, else of the first."""
         name = next(iter(self.active_adapters or self.peft_config))
         return self.peft_config[name].peft_type
@@ -530,7 +530,7 @@ ROUTED = "routed"
 
 
 @torch.compiler.disable
-def _route(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _route(model: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Route a batch's rows before the forward: a compiled one would be bound to the names it was called with."""
     names = kwargs.get("adapter_names")
     if names is not None:
@@ -539,7 +539,7 @@ def _route(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     return args, kwargs if names is None else kwargs | {"adapter_names": ROUTED}
 
 
-def _require_routable(model: nn.Module, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> None:
+def _require_routable(model: Any, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> None:
     """One known adapter for each row.
 
     Raises:

@@ -245,7 +245,7 @@ def check_target_module_exists(config: Any, key: str) -> bool:
         return True
     patterns = getattr(config, "layers_pattern", None) or []
     patterns = [patterns] if isinstance(patterns, str) else patterns
-    for form in [rf"(?:.*\.)?{pattern}\.(\d+)\." for pattern in patterns] or [r".*\.[^.]*\.(\d+)\."]:
+    for form in [rf"(?:.*?\.)??{pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]:
         found = re.match(form, key)
         if found is not None:
             return int(found[1]) in ({layers} if isinstance(layers, int) else set(layers))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import importlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -115,7 +116,8 @@ def get_submodules_with_grandparent(model: nn.Module, key: str) -> tuple[nn.Modu
 
 def get_input_embeddings_name(model: nn.Module, default: str | None = None) -> str | None:
     """The last part of the path of a model's input embedding, or ``default``."""
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    ask: Any = getattr(model, "get_input_embeddings", None)
+    table = ask() if ask is not None else None
     return next((path.rpartition(".")[2] for path, module in model.named_modules() if module is table), default)
 
 
@@ -281,15 +283,14 @@ def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.
     if not check_deepspeed_zero3_enabled():
         yield
         return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module):
+    zero = importlib.import_module("deepspeed").zero
+    with zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module):
         yield
 
 
 def dequantize_module_weight(module: nn.Module) -> Any:
     """A layer's weight, unpacked where it is packed."""
-    inner = module.get_base_layer() if isinstance(module, Adapted) else module
+    inner: Any = module.get_base_layer() if isinstance(module, Adapted) else module
     return quant.dense(inner, inner.weight) if quant.backend(inner) is not None else inner.weight
 
 

@@ -243,7 +243,7 @@ class Shows(nn.Module):
             yield from child.named_modules(memo, f"{prefix}.{name}" if prefix else name, remove_duplicate)
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        own = super().state_dict(keep_vars=keep_vars)
+        own: Any = super().state_dict(keep_vars=keep_vars)
         destination = type(own)() if destination is None else destination
         for key, value in own.items():
             destination[prefix + self.shown_name(key)] = value
