@@ -26,7 +26,7 @@ h1 { font-size: 24px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); gap: 12px; }
 .tile { background: var(--panel); border-radius: 8px; padding: 12px 14px; }
 .tile b { display: block; font-size: 21px; font-weight: 600; font-variant-numeric: tabular-nums; }
-.tile span { color: var(--soft); font-size: 13px; } .good { color: var(--good); }
+.tile span { color: var(--soft); font-size: 13px; overflow-wrap: anywhere; } .good { color: var(--good); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 460px), 1fr)); gap: 20px; }
 figure { margin: 0; background: var(--panel); border-radius: 8px; padding: 12px 14px; min-width: 0; }
 figcaption { font-weight: 600; margin-bottom: 6px; } svg { width: 100%; height: auto; display: block; }
