@@ -6,21 +6,23 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 CAPITALS = (
-    "France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Germany Berlin, Austria Vienna, Poland Warsaw, Greece Athens, "
-    "Norway Oslo, Sweden Stockholm, Finland Helsinki, Denmark Copenhagen, Ireland Dublin, Hungary Budapest, Japan Tokyo, "
-    "China Beijing, Egypt Cairo, Kenya Nairobi, Peru Lima, Cuba Havana, Canada Ottawa, Chile Santiago, Russia Moscow, "
-    "Turkey Ankara, Iran Tehran, Iraq Baghdad, Ukraine Kyiv, Belgium Brussels, Thailand Bangkok, Vietnam Hanoi"
+    "France Paris, Italy Rome, Spain Madrid, Portugal Lisbon, Germany Berlin, Austria Vienna, Poland Warsaw, "
+    "Greece Athens, Norway Oslo, Sweden Stockholm, Finland Helsinki, Denmark Copenhagen, Ireland Dublin, Hungary "
+    "Budapest, Japan Tokyo, China Beijing, Egypt Cairo, Kenya Nairobi, Peru Lima, Cuba Havana, Canada Ottawa, "
+    "Chile Santiago, Russia Moscow, Turkey Ankara, Iran Tehran, Iraq Baghdad, Ukraine Kyiv, Belgium Brussels, "
+    "Thailand Bangkok, Vietnam Hanoi"
 )
 SYMBOLS = (
-    "hydrogen H, helium He, carbon C, nitrogen N, oxygen O, sodium Na, potassium K, iron Fe, copper Cu, silver Ag, gold Au, "
-    "lead Pb, tin Sn, zinc Zn, calcium Ca, chlorine Cl, sulfur S, phosphorus P, silicon Si, mercury Hg, neon Ne, argon Ar, "
-    "magnesium Mg, aluminium Al, nickel Ni"
+    "hydrogen H, helium He, carbon C, nitrogen N, oxygen O, sodium Na, potassium K, iron Fe, copper Cu, silver "
+    "Ag, gold Au, lead Pb, tin Sn, zinc Zn, calcium Ca, chlorine Cl, sulfur S, phosphorus P, silicon Si, mercury "
+    "Hg, neon Ne, argon Ar, magnesium Mg, aluminium Al, nickel Ni"
 )
 OPPOSITES = (
-    "hot cold, big small, fast slow, high low, early late, old young, wet dry, light dark, open closed, empty full, hard soft, "
-    "rich poor, strong weak, happy sad, near far, deep shallow, clean dirty, loud quiet, wide narrow, thick thin, true false, "
-    "up down, left right, inside outside, summer winter, day night, buy sell, win lose, push pull, begin end, love hate, "
-    "friend enemy, question answer, always never, before after, north south, east west, male female, heavy light, cheap costly"
+    "hot cold, big small, fast slow, high low, early late, old young, wet dry, light dark, open closed, empty "
+    "full, hard soft, rich poor, strong weak, happy sad, near far, deep shallow, clean dirty, loud quiet, wide "
+    "narrow, thick thin, true false, up down, left right, inside outside, summer winter, day night, buy sell, win"
+    " lose, push pull, begin end, love hate, friend enemy, question answer, always never, before after, north "
+    "south, east west, male female, heavy light, cheap costly"
 )
 QUESTIONS = [
     ("What is the capital of {}?", CAPITALS, "The capital of {} is {}."),
