@@ -227,6 +227,19 @@ def test_a_missing_package_is_named(base, facts, tmp_path, monkeypatch, key, val
         launch.run(given, []) if key == "launch" else distributed.join(given, torch.device("cpu"))
 
 
+def test_the_plan_says_how_the_processes_are_started(base, facts, tmp_path):
+    given = settings(base, facts, tmp_path, "--distributed.strategy", "fsdp2", "--launch", "torchrun")
+    line = "2 processes, fsdp2: torchrun --standalone --nproc-per-node 2 -m veneer.cli train c.yaml"
+    assert distributed.plan_lines(given, ["c.yaml"]) == [line]
+    assert distributed.plan_lines(config.load(None, [], words(base, facts, tmp_path), adapters.problems), []) == []
+
+
+def test_deepspeeds_checkpoints_are_for_their_number_of_processes():
+    now = {"train": {"batch_size": 4}, "distributed": {"strategy": "deepspeed-zero2", "processes": 1}}
+    then = {"train": {"batch_size": 2}, "distributed": {"strategy": "deepspeed-zero2", "processes": 2}}
+    assert "those of 2 processes, and there are 1 now" in distributed.changed_batch(then, now)[0]
+
+
 @pytest.mark.parametrize("more", [["--task", "dpo"], ["--model.quantize", "nf4"]])
 def test_what_tensor_parallelism_cannot_do_is_refused(base, facts, tmp_path, monkeypatch, more):
     monkeypatch.setenv("WORLD_SIZE", "2")

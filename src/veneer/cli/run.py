@@ -53,7 +53,14 @@ def train(
 
 def plan(words: Words = None, sets: Sets = None, probe: Probe = False, json: Json = False) -> None:
     """Show what `veneer train` would do: parameters, tokens with their loss mask, steps, memory, time."""
-    if not _plan(*_prepare(words, sets, False), probe, json):
+    prepared, console = _prepare(words, sets, False)
+    fits = _plan(prepared, console, probe, json)
+    if not json:
+        from veneer.train import distributed
+
+        for line in distributed.plan_lines(prepared.config, words or []):
+            console.print(line)
+    if not fits:
         raise SystemExit(1)
 
 

@@ -12,7 +12,7 @@ import functools
 import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ def reader_of(model: nn.Module, path: str) -> str | None:
     for part in parts[:-1]:
         owners.append(original(getattr(owners[-1], part)))
     for depth, owner in enumerate(reversed(owners[-3:]), 1):
-        if ".".join(parts[-depth:]) in read_by(type(owner)):
+        if ".".join(parts[-depth:]) in read_by(cast(Any, type(owner))):
             return type(owner).__name__
     return None
 

@@ -63,7 +63,11 @@ class AdapterStore:
                 if not place.is_dir():
                     raise
         (self.root / "tenants").mkdir(parents=True, exist_ok=True)
-        write_bytes(self.root / "tenants" / tenant, lambda file: Path(file).write_text(digest + "\n"))
+
+        def write(file: str) -> None:
+            Path(file).write_text(digest + "\n")
+
+        write_bytes(self.root / "tenants" / tenant, write)
         return digest
 
     def place(self, digest: str) -> Path:

@@ -18,6 +18,7 @@ import importlib
 import importlib.util
 import math
 import os
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,10 @@ def changed_batch(stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
         numbers = train.get("batch_size", 0), train.get("accumulate", 1), count
         return math.prod(numbers), "train.batch_size {} x train.accumulate {} x {} processes".format(*numbers)
 
+    if now["distributed"]["strategy"].startswith("deepspeed"):
+        were, are = (settings.get("distributed", {}).get("processes", 1) for settings in (stored, now))
+        if were != are:
+            return [f"DeepSpeed's checkpoints are those of {were} processes, and there are {are} now"]
     (before, how), (after, now_how) = rows(stored), rows(now)
     return [] if before == after else [f"a step had {before} rows ({how}) and would have {after} ({now_how})"]
 
@@ -295,9 +300,9 @@ def load_optimiser(optimiser: Any, folder: str | Path) -> None:
 
 
 # ---- what is said ---------------------------------------------------------------------------------------------------
-def plan_lines(config: RunConfig, words: Iterable[str] = ("CONFIG",)) -> list[str]:
-    """How the run is started on several processes, for the plan."""
-    wanted, said = config.distributed, " ".join(words)
+def plan_lines(config: RunConfig, words: Iterable[str]) -> list[str]:
+    """How the run with these words of the command line is started on several processes, for the plan."""
+    wanted, said = config.distributed, shlex.join(words)
     count = wanted.processes
     if count == 1 and wanted.strategy == "auto":
         return []
