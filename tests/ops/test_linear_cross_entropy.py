@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from veneer.ops.linear_cross_entropy import IGNORED, linear_cross_entropy, logits_of, token_log_probs
+from veneer.ops.linear_cross_entropy import IGNORED, LEAST, linear_cross_entropy, logits_of, token_log_probs
 
 
 def tensors(dtype=torch.float64, n=11, d=6, v=13):
@@ -80,7 +80,7 @@ def test_the_logits_of_the_batch_never_exist() -> None:
     hidden, weight, labels, _ = tensors(torch.float32, n=512, d=16, v=200)
     with _Largest() as seen:
         linear_cross_entropy(hidden, weight, labels).backward()
-    assert seen.numbers <= hidden.numel() < labels.numel() * len(weight) / 10
+    assert seen.numbers <= max(hidden.numel(), LEAST * len(weight)) < labels.numel() * len(weight) / 3
 
 
 def test_a_head_that_trains_is_refused() -> None:

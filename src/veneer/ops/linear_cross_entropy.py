@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 IGNORED = -100
-LEAST = 64
+LEAST = 256
 """Tokens in a chunk, at least: thinner products are slow."""
 
 
