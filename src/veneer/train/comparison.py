@@ -151,6 +151,10 @@ def picture(result: Comparison, folder: Path) -> list[str]:
         axes.set_xlabel(name)
         if name == "trainable parameters":
             axes.set_xscale("log")
+        if heights[0] > 0 and heights[-1] > 5 * heights[0]:
+            axes.set_yscale("log")  # one that has hardly learnt would press the others together
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         axes.margins(x=0.15)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set_ylabel(f"held-out {result.score} ({'higher' if result.higher else 'lower'} is better)")
