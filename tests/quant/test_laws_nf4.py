@@ -9,14 +9,15 @@ import torch
 from torch import nn
 
 from laws.kinds import Chain
-from laws.table import Row
-from laws.test_laws import ROWS, config_for, near, randomise
+from laws.table import rows
 from veneer.core.config import PeftConfig
 from veneer.core.nf4_linear import Nf4Linear
 from veneer.engine import checkpoint
 from veneer.engine.tuner import Tuner
+from veneer.testing.laws import config_for, near, randomise
+from veneer.testing.row import Row
 
-CASES = [row for row in ROWS if "linear" in row.kinds]
+CASES = [row for row in rows() if "linear" in row.kinds]
 SPLITTING = ("pissa", "olora", "milora", "loftq")
 """Starts of LoRA that move or round a float weight, which a packed one does not have."""
 
