@@ -179,7 +179,8 @@ def _joined(block: Any, x: Any) -> Tensor | None:
     act = pattern.act(block)
     if getattr(act, "inplace", False) or getattr(act, "_forward_hooks", None):
         return None
-    return gated(x, *layers, act)
+    gate, up, down = layers
+    return gated(x, gate, up, down, act)
 
 
 _PATTERNS: dict[type, Pattern | None] = {}

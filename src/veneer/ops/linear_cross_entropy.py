@@ -111,7 +111,7 @@ class _LogProbs(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         out = torch.zeros(len(flat), dtype=wide, device=hidden.device)
         grad = torch.zeros_like(flat) if needs else None
-        for own, log_p, d in _chunks(flat, weight, labels.reshape(-1), bias, *rest, needs):
+        for own, log_p, d in _chunks(flat, weight, labels.reshape(-1), bias, *rest, needs):  # type: ignore[call-arg]
             out[own] = log_p
             if grad is not None and d is not None:
                 grad[own] = d

@@ -145,7 +145,7 @@ def flattened(
 
 def parts(tensors: Sequence[Tensor | None], scalings: Sequence[float]) -> list[Part]:
     """The inverse of ``flattened``."""
-    return [Part(*tensors[5 * i : 5 * i + 5], s) for i, s in enumerate(scalings)]  # type: ignore[arg-type]
+    return [Part(*tensors[5 * i : 5 * i + 5], s) for i, s in enumerate(scalings)]  # type: ignore[arg-type, call-arg]
 
 
 def dropped(x: Tensor, p: float) -> Dropped:

@@ -72,6 +72,7 @@ class FlatAdamW(Optimizer):
         weight_decay: float = 1e-2,
     ):
         self._buffers: dict[int, list[_Buffer]] = {}
+        self._flat_moments: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def _of(self, group: dict[str, Any]) -> list[_Buffer]:
@@ -135,15 +136,16 @@ class FlatAdamW(Optimizer):
         first, second = group["betas"]
         counts = list(steps.values())
         torch._foreach_add_(counts, 1)
+        values, grads, firsts, seconds = lists
         torch._fused_adamw_(
-            *lists, [], counts, amsgrad=False, lr=float(group["lr"]), beta1=first, beta2=second,
+            values, grads, firsts, seconds, [], counts, amsgrad=False, lr=float(group["lr"]), beta1=first, beta2=second,
             weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
         )  # fmt: skip
         torch.autograd.graph.increment_version(own)  # the buffer's count went up, but a parameter has one of its own
 
     def _moments(self, buffer: _Buffer) -> list[Tensor]:
         """The moments' buffers, made at the first step, or out of a state that was loaded."""
-        known = self.__dict__.setdefault("_flat_moments", {})
+        known = self._flat_moments
         found = known.get(id(buffer))
         if found is None or any(self.state[p].get("exp_avg") is not v for p, v in zip(buffer.parameters, found[1])):
             flats = [torch.zeros_like(buffer.values) for _ in MOMENTS]
