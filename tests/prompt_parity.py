@@ -84,6 +84,6 @@ def both_ways(base, kind, folder, extra_keys=(), generates=True, inputs=None, **
     ours, theirs = (json.loads((folder / w / "adapter_config.json").read_text()) for w in ("ours", "theirs"))
     same = {"modules_to_save", "inference_mode"}  # the peer lists heads twice
     assert {k: v for k, v in ours.items() if k not in same} == {k: v for k, v in theirs.items() if k not in same}
-    again = veneer.PeftModel.from_pretrained(build(), folder / "ours", is_trainable=True)
+    again = veneer.PeftModel.from_pretrained(build(), folder / "ours", is_trainable=True).eval()
     assert near(output(again, base, **inputs), expected, 2e-5)
     return own, again

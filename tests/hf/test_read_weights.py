@@ -33,8 +33,7 @@ MODELS = {
     "falcon_h1": (
         FalconH1ForCausalLM,
         FalconH1Config,
-        HEADS
-        | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4},
+        HEADS | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 4},
     ),
     "jamba": (
         JambaForCausalLM,

@@ -58,9 +58,7 @@ def test_a_file_with_the_table_alone_trains_on(tmp_path):
     checkpoint.write(tmp_path, table)
     again = PeftModel.from_pretrained(llama(), tmp_path, is_trainable=True)
     assert near(again(IDS).logits, model(IDS).logits, 1e-6)
-    assert [n for n, p in again.named_parameters() if p.requires_grad] == [
-        "base_model.prompts.default.prompt_embeddings"
-    ]
+    assert [n for n, p in again.named_parameters() if p.requires_grad] == ["prompt_encoder.default.prompt_embeddings"]
     again.save_pretrained(tmp_path / "again")
     assert set(checkpoint.read(tmp_path / "again")) == {"prompt_embeddings"}
     again.load_adapter(tmp_path / "again", "other")

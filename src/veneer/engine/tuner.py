@@ -359,7 +359,9 @@ class Tuner(nn.Module):
         for name in names:
             if name not in self.configs:
                 have = ", ".join(self.configs) or "none"
-                raise ValueError(f"Adapter {name} not found: there is no adapter named '{name}'; this model has: {have}.")
+                raise ValueError(
+                    f"Adapter {name} not found: there is no adapter named '{name}'; this model has: {have}."
+                )
 
     def _all_hosts(self, innermost_first: bool = False) -> list[Adapted]:
         found = list(dict.fromkeys(h for each in self._hosts.values() for h in each))

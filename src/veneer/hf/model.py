@@ -244,8 +244,10 @@ class PeftModel(shown.Shows):
         self._inputs_require_grad()
 
     def _inputs_require_grad(self) -> None:
-        base = self.base_model.model
-        table = base.get_input_embeddings() if hasattr(base, "get_input_embeddings") else None
+        try:
+            table = self.base_model.model.get_input_embeddings()
+        except (AttributeError, NotImplementedError):  # a base without a table, such as a convolutional one
+            return
         if table is not None and "_veneer_grad_hook" not in table.__dict__:
             handle = table.register_forward_hook(_require_grad)
             table.__dict__["_veneer_grad_hook"] = handle
@@ -426,9 +428,7 @@ class PeftModel(shown.Shows):
         _refuse_offload(ephemeral_gpu_offload)
         folder = hub.resolve(model_id, kwargs.get("subfolder"), **hub.arguments(kwargs))
         fresh = adapter_name not in self.peft_config
-        config, tensors = _adopted(
-            self.base_model.model, PeftConfig.read(folder), folder, key_mapping, is_trainable
-        )
+        config, tensors = _adopted(self.base_model.model, PeftConfig.read(folder), folder, key_mapping, is_trainable)
         if fresh:
             _own_members(config, folder)
             config.inference_mode = not is_trainable

@@ -353,7 +353,6 @@ class MontecloraTrainerMixin:
         return (loss, outputs) if return_outputs else loss
 
 
-
 def random_mask(base_layer: nn.Module, r: int, random_seed: int | None = None, **kwargs: Any) -> Tensor:
     """SHiRA's default choice of entries: ``r (in + out)`` of them, True in a mask shaped like the weight."""
     weight: Any = base_layer.weight

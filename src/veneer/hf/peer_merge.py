@@ -33,9 +33,7 @@ def random_pruning(tensor: Tensor, density: float, rescale: bool) -> Tensor:
     return kept / density if rescale else kept
 
 
-def prune(
-    tensor: Tensor, density: float, method: Literal["magnitude", "random"], rescale: bool = False
-) -> Tensor:
+def prune(tensor: Tensor, density: float, method: Literal["magnitude", "random"], rescale: bool = False) -> Tensor:
     """Set all but the share ``density`` of the entries to 0, chosen by size or at random.
 
     Raises:

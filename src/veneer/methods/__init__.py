@@ -1,7 +1,6 @@
 """One file a method. Importing this package enters them all into the registry, with those of other packages."""
 
 from veneer.core import registry
-
 from veneer.methods import adalora as adalora
 from veneer.methods import adamss as adamss
 from veneer.methods import adaption_prompt as adaption_prompt

@@ -22,8 +22,8 @@ from veneer.core.adapter import Adapter, Additive, Weight
 from veneer.core.registry import method
 from veneer.core.sites import Site
 from veneer.methods import lora_split
-from veneer.methods.lora_config import STARTS as STARTS
 from veneer.methods.lora_config import KINDS, VARIANTS
+from veneer.methods.lora_config import STARTS as STARTS
 from veneer.methods.lora_config import LoraConfig as LoraConfig
 from veneer.methods.lora_config import start as start
 from veneer.ops.groups import gather, spread

@@ -11,7 +11,9 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import runpy
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,11 +109,10 @@ def _ray(config: RunConfig, words: Sequence[str]) -> None:
 
 def _worker(settings: dict[str, Any]) -> None:
     """One worker of Ray's, which has joined the process group and set ``RANK`` and its kin."""
-    from veneer.cli.main import main
-
     os.chdir(settings["folder"])
+    sys.argv = ["veneer", *settings["words"]]
     try:
-        main(settings["words"])
+        runpy.run_module("veneer.cli", run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise RuntimeError(f"the worker ended with code {end.code}") from None

@@ -70,9 +70,7 @@ def takes_kept_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(base.forward).parameters and not prompts
 
 
-def token_losses(
-    model: nn.Module, batch: dict[str, Tensor], keep: bool, chunked: bool = True
-) -> tuple[Tensor, Tensor]:
+def token_losses(model: nn.Module, batch: dict[str, Tensor], keep: bool, chunked: bool = True) -> tuple[Tensor, Tensor]:
     """(sum of -log p over the learnt tokens, their number).
 
     Args:

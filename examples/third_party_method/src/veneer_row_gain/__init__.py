@@ -1,6 +1,6 @@
 """RowGain: every output of a layer gets a factor of its own. An example, from no paper.
 
-    W' = diag(exp g) W,  b' = exp(g) b        g (out,)
+W' = diag(exp g) W,  b' = exp(g) b        g (out,)
 """
 
 from __future__ import annotations
