@@ -46,17 +46,22 @@ def default_feedforward(model_type: str) -> Targets | None:
     return list(found) if isinstance(found, list) else found
 
 
+def input_table(model: nn.Module) -> nn.Module | None:
+    """The model's input embedding, or None for a model that has none, such as a convolutional one."""
+    try:
+        return model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
 def input_embedding(model: nn.Module) -> list[str]:
     """The path of the input embedding, by the model's own word: the default place of trainable tokens.
 
     Raises:
         ValueError: the model does not say where its input embedding is.
     """
-    try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        embedding = None
-    found = [path for path, module in walk(model) if isinstance(embedding, nn.Module) and module is original(embedding)]
+    embedding = input_table(model)
+    found = [path for path, module in walk(model) if embedding is not None and module is original(embedding)]
     if not found:
         raise ValueError(
             f"{type(model).__name__} does not say where its input embedding is (get_input_embeddings); name it in the "

@@ -21,6 +21,7 @@ from veneer.core.root import Root
 from veneer.engine import checkpoint
 from veneer.engine.adapted import BASE, Adapted
 from veneer.hf import card, experts, hub, old_experts, prompted_generation, prompts, sharded, shown, status, ties
+from veneer.hf.architectures import input_table
 from veneer.hf.state_dict import get_peft_model_state_dict, set_peft_model_state_dict
 from veneer.hf.tuner import meta_to_layers, tuner_class
 
@@ -244,10 +245,7 @@ class PeftModel(shown.Shows):
         self._inputs_require_grad()
 
     def _inputs_require_grad(self) -> None:
-        try:
-            table = self.base_model.model.get_input_embeddings()
-        except (AttributeError, NotImplementedError):  # a base without a table, such as a convolutional one
-            return
+        table = input_table(self.base_model.model)
         if table is not None and "_veneer_grad_hook" not in table.__dict__:
             handle = table.register_forward_hook(_require_grad)
             table.__dict__["_veneer_grad_hook"] = handle

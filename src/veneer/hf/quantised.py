@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from veneer.core import quant
 from veneer.engine.packed_merge import Way
+from veneer.hf.architectures import input_table
 
 MARKS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer", "quantization_method")
 """What transformers (and ``quantize_model``) note on a quantised model."""
@@ -115,7 +116,7 @@ def dequantized(model: Any, originals: Any = None) -> Any:
 
 def _settle(model: Any) -> None:
     """Put layers that compute in a dtype of their own into the model's, as ordinary layers have it."""
-    table = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    table = input_table(model)
     lead = next((p.dtype for p in (table or model).parameters() if p.is_floating_point()), None)
     for path, module in list(model.named_modules()):
         if isinstance(module, quant.CastLinear):
