@@ -280,15 +280,15 @@ def test_heads_train_and_are_saved(tmp_path) -> None:
 
 
 @pytest.mark.skipif(not ALIAS, reason="TRL asks for peft")
-@pytest.mark.parametrize("target", ["all-linear", ["q_proj", "down_proj"]])
-def test_sft_by_trl(tmp_path, target) -> None:
+@pytest.mark.parametrize(("target", "rate"), [("all-linear", 2e-2), (["q_proj", "down_proj"], 5e-2)])
+def test_sft_by_trl(tmp_path, target, rate) -> None:
     from datasets import Dataset as Table
     from trl import SFTConfig, SFTTrainer
 
     table = Table.from_list([{"prompt": "a b c", "completion": " d e f g h"}] * 16)
     run = SFTTrainer(
         model=llama(),
-        args=arguments(tmp_path, SFTConfig, bf16=False, max_length=16),
+        args=arguments(tmp_path, SFTConfig, bf16=False, max_length=16, learning_rate=rate),
         train_dataset=table,
         processing_class=tokenizer(),
         peft_config=LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=target),
@@ -300,7 +300,7 @@ def test_sft_by_trl(tmp_path, target) -> None:
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
     resumed = SFTTrainer(
         model=llama(),
-        args=arguments(tmp_path, SFTConfig, bf16=False, max_length=16, max_steps=10),
+        args=arguments(tmp_path, SFTConfig, bf16=False, max_length=16, learning_rate=rate, max_steps=10),
         train_dataset=table,
         processing_class=tokenizer(),
         peft_config=LoraConfig(r=4, task_type="CAUSAL_LM", target_modules=target),
