@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
+import veneer.methods  # noqa: F401 - the methods that are there before any page adds its own
 from docs.conftest import ROOT
 from docs.runner import blocks, run_page, world
-import veneer.methods  # noqa: F401 - the methods that are there before any page adds its own
 from veneer.core import registry
 
 PAGES = sorted((ROOT / "docs/tutorials").glob("*.md"))
