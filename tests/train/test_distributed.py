@@ -46,7 +46,7 @@ def alone(base, facts, out, *more: str, resume: bool = False) -> Path:
 def environment() -> dict[str, str]:
     return os.environ | {
         "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": str(Path(veneer.__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(veneer.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }  # fmt: skip
 
 
