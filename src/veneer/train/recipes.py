@@ -165,7 +165,8 @@ def _finished(prepared: Prepared, model: Any, trainer: Any, outcome: Outcome, ma
     for sample, text in zip(outcome.samples, prepared.task.answers(prepared, model), strict=True):
         sample.after = text.strip()
     outcome.peak_memory = models.peak_memory(next(model.parameters()).device)
-    outcome.adapter_bytes = sum(file.stat().st_size for file in folder.glob("adapter_model.*"))
+    files = [*folder.glob("adapter_model.*"), *folder.glob("*/adapter_model.*")]  # a mixture brings its experts
+    outcome.adapter_bytes = sum(file.stat().st_size for file in files)
     outcome.data = _summary(prepared)
     if main:
         (folder / "report.json").write_text(json.dumps(_plain(outcome), indent=2, ensure_ascii=False) + "\n")
