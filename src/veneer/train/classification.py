@@ -52,7 +52,49 @@ class Labels:
         return f"{len(self.names)}: {', '.join(parts)}{rest}"
 
 
-class SequenceClassification(Task):
+class Labelling(Task):
+    """What tasks that learn named labels share, whatever it is that carries a label."""
+
+    def __init__(self) -> None:
+        self.answered: list[tuple[str, str]] = []
+        """(right, guessed) of what was measured last; "" where there is no such span."""
+
+    def labels(self, rows: list[Example]) -> list[tuple[str, str]]:
+        """(where it stands, label) of everything in ``rows`` that carries one."""
+        raise NotImplementedError
+
+    def encoded(self, rows: list[Example], names: list[str], tokenizer: Any, config: RunConfig) -> Tokenised:
+        """Ids and the numbers of the labels."""
+        raise NotImplementedError
+
+    def features(self, material: Material) -> Features:
+        """Ids with their labels."""
+        config, tokenizer = material.config, material.tokenizer
+        train, held = self.labels(material.rows), self.labels(material.held)
+        names = classes(config, material.base, train, held, material.notices)
+        self.settle(config, material.base, tokenizer)
+        encoding.limit(config, material.base, tokenizer, material.adapter)
+        held_ids = self.encoded(material.held, names, tokenizer, config)
+        made = Features(self.encoded(material.rows, names, tokenizer, config), held_ids)
+        made.collate = encoding.Pad(tokenizer)
+        made.renderer = Labels(names, Counter(label for _, label in train))
+        material.notices += encoding.notices(made.train, config)
+        fits(made.train, material.base, config)
+        return made
+
+    def settle(self, config: RunConfig, base: Any, tokenizer: Any) -> Any:
+        """The base's config with the labels' names."""
+        base.id2label = dict(enumerate(config.classes.names))
+        base.label2id = {name: i for i, name in base.id2label.items()}
+        return base
+
+    def losses(self, prepared: Prepared, model: Any) -> Losses:
+        """-log p of each label, rare ones weighed up if ``classes.balanced``."""
+        weights = prepared.renderer.weights() if prepared.config.classes.balanced else None
+        return partial(label_losses, weights=weights)
+
+
+class SequenceClassification(Labelling):
     """Learns which class a text belongs to."""
 
     adapter_type = "SEQ_CLS"
@@ -61,39 +103,21 @@ class SequenceClassification(Task):
     metrics = (Metric("accuracy", True), Metric("f1", True), LOSS)
     prompts = "texts"
 
-    def __init__(self) -> None:
-        self.answered: list[tuple[str, str]] = []
-        """(right, guessed) of the rows that were measured last."""
+    def labels(self, rows: list[Example]) -> list[tuple[str, str]]:
+        """One a row."""
+        return [(e.where, e.extra["label"]) for e in rows]
 
-    def features(self, material: Material) -> Features:
+    def encoded(self, rows: list[Example], names: list[str], tokenizer: Any, config: RunConfig) -> Tokenised:
         """Ids with one label a row."""
-        config, tokenizer = material.config, material.tokenizer
-        train, held = ([(e.where, e.extra["label"]) for e in rows] for rows in (material.rows, material.held))
-        names = classes(config, material.base, train, held, material.notices)
-        self.settle(config, material.base, tokenizer)
-        encoding.limit(config, material.base, tokenizer, material.adapter)
-        made = Features(
-            _encoded(material.rows, names, tokenizer, config), _encoded(material.held, names, tokenizer, config)
-        )
-        made.collate = encoding.Pad(tokenizer)
-        made.renderer = Labels(names, Counter(label for _, label in train))
-        material.notices += encoding.notices(made.train, config)
-        fits(made.train, material.base, config)
-        return made
+        return _encoded(rows, names, tokenizer, config)
 
     def settle(self, config: RunConfig, base: Any, tokenizer: Any) -> Any:
         """The base's config with the classes' names and a padding token."""
-        base.id2label = dict(enumerate(config.classes.names))
-        base.label2id = {name: i for i, name in base.id2label.items()}
+        super().settle(config, base, tokenizer)
         base.problem_type = "single_label_classification"
         if base.get_text_config().pad_token_id is None:
             base.get_text_config().pad_token_id = pad_token(tokenizer)
         return base
-
-    def losses(self, prepared: Prepared, model: Any) -> Losses:
-        """-log p of each label, rare classes weighed up if ``classes.balanced``."""
-        weights = prepared.renderer.weights() if prepared.config.classes.balanced else None
-        return partial(label_losses, weights=weights)
 
     def measure(self, prepared: Prepared, model: Any, trainer: Any) -> dict[str, float]:
         """Accuracy, macro F1 and loss."""

@@ -8,16 +8,13 @@ Where the tags are those of spans (``B-PER``, ``I-PER``, ``O``; also with ``E-``
 
 from __future__ import annotations
 
-from collections import Counter
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from veneer.train import encoding
-from veneer.train.classification import Labels, agreement, by_class, classes, label_losses, logits_of
+from veneer.train.classification import Labelling, agreement, by_class, logits_of
 from veneer.train.config import RunConfig
 from veneer.train.data import Example
-from veneer.train.sft import fits
-from veneer.train.tasks import LOSS, Features, Losses, Material, Metric, Task, asked, asked_of, batch_size, spelled
+from veneer.train.tasks import LOSS, Features, Material, Metric, asked, asked_of, batch_size, spelled
 from veneer.train.tokens import IGNORED, Tokenised
 from veneer.train.trainer import held_out_loss
 
@@ -28,7 +25,7 @@ Span = tuple[int, int, str]
 """(first word, last word, kind)."""
 
 
-class TokenClassification(Task):
+class TokenClassification(Labelling):
     """Learns the tag of each word."""
 
     adapter_type = "TOKEN_CLS"
@@ -37,38 +34,23 @@ class TokenClassification(Task):
     metrics = (Metric("f1", True), Metric("accuracy", True), LOSS)
     prompts = "sentences"
 
-    def __init__(self) -> None:
-        self.answered: list[tuple[str, str]] = []
-        """(right, guessed) of the spans or words that were measured last; "" where there is no such span."""
+    def labels(self, rows: list[Example]) -> list[tuple[str, str]]:
+        """One a word."""
+        return [(e.where, tag) for e in rows for tag in e.extra["tags"]]
+
+    def encoded(self, rows: list[Example], names: list[str], tokenizer: Any, config: RunConfig) -> Tokenised:
+        """Ids with one label a word."""
+        return _encoded(rows, names, tokenizer, config)
 
     def features(self, material: Material) -> Features:
-        """Ids with one label a word."""
-        config, tokenizer = material.config, material.tokenizer
-        if not tokenizer.is_fast:
+        """Ids with one label a word.
+
+        Raises:
+            ValueError: the tokenizer does not know the place of each token.
+        """
+        if not material.tokenizer.is_fast:
             raise ValueError("Token classification needs a fast tokenizer, which knows the place of each token.")
-        train, held = ([(e.where, tag) for e in rows for tag in e.extra["tags"]] for rows in _both(material))
-        names = classes(config, material.base, train, held, material.notices)
-        self.settle(config, material.base, tokenizer)
-        encoding.limit(config, material.base, tokenizer, material.adapter)
-        made = Features(
-            _encoded(material.rows, names, tokenizer, config), _encoded(material.held, names, tokenizer, config)
-        )
-        made.collate = encoding.Pad(tokenizer)
-        made.renderer = Labels(names, Counter(tag for _, tag in train))
-        material.notices += encoding.notices(made.train, config)
-        fits(made.train, material.base, config)
-        return made
-
-    def settle(self, config: RunConfig, base: Any, tokenizer: Any) -> Any:
-        """The base's config with the tags' names."""
-        base.id2label = dict(enumerate(config.classes.names))
-        base.label2id = {name: i for i, name in base.id2label.items()}
-        return base
-
-    def losses(self, prepared: Prepared, model: Any) -> Losses:
-        """-log p of each word's tag, rare tags weighed up if ``classes.balanced``."""
-        weights = prepared.renderer.weights() if prepared.config.classes.balanced else None
-        return partial(label_losses, weights=weights)
+        return super().features(material)
 
     def measure(self, prepared: Prepared, model: Any, trainer: Any) -> dict[str, float]:
         """F1 of the spans (of the tags where they name no spans), accuracy of the tags, and loss.
@@ -190,10 +172,6 @@ def _tags(rows: list[Any], names: list[str], model: Any, collate: Any, batch: in
         for i, line in zip(some, best.tolist(), strict=True):
             found[i] = [names[tag] for tag, label in zip(line, rows[i]["labels"], strict=False) if label != IGNORED]
     return found
-
-
-def _both(material: Material) -> tuple[list[Example], list[Example]]:
-    return material.rows, material.held
 
 
 def _row(tokenizer: Any, words: list[str], labels: list[int], config: RunConfig) -> tuple[dict[str, Any], int]:
