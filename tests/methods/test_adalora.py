@@ -16,11 +16,12 @@ from veneer.core.config import PeftConfig
 from veneer.engine import checkpoint
 from veneer.engine.tuner import Tuner
 
+SETTINGS = {"init_r": 6, "target_r": 2, "total_step": 40, "target_modules": ["first", "layer"]}
+SCHEDULE = {"tinit": 5, "tfinal": 10}
+
 
 def config(**settings) -> AdaLoraConfig:
-    return AdaLoraConfig(
-        **({"init_r": 6, "target_r": 2, "total_step": 40, "target_modules": ["first", "layer"]} | settings)
-    )
+    return AdaLoraConfig(**(SETTINGS | settings))
 
 
 def pair() -> nn.Module:
@@ -116,15 +117,7 @@ def test_live_triplets_follow_the_budget_and_stay_settled() -> None:
 def test_prunes_what_the_peer_prunes(tmp_path) -> None:
     import peft
 
-    settings = {
-        "init_r": 6,
-        "target_r": 2,
-        "total_step": 40,
-        "tinit": 5,
-        "tfinal": 10,
-        "target_modules": ["first", "layer"],
-    }
-    theirs = peer(pair(), peft.AdaLoraConfig(**settings))
+    theirs = peer(pair(), peft.AdaLoraConfig(**(SETTINGS | SCHEDULE)))
     theirs.save_pretrained(tmp_path)
     mine = read(pair(), tmp_path).train()
     assert train(mine, mine.after_step) == train(theirs.train(), theirs.base_model.update_and_allocate)
@@ -138,16 +131,8 @@ def test_prunes_what_the_peer_prunes(tmp_path) -> None:
 def test_a_pruned_adapter_is_sliced_in_its_file_both_ways(tmp_path) -> None:
     import peft
 
-    settings = {
-        "init_r": 6,
-        "target_r": 2,
-        "total_step": 40,
-        "tinit": 5,
-        "tfinal": 10,
-        "target_modules": ["first", "layer"],
-    }
     x = torch.randn(5, 8)
-    mine = ours(pair(), AdaLoraConfig(**settings)).train()
+    mine = ours(pair(), AdaLoraConfig(**(SETTINGS | SCHEDULE))).train()
     train(mine, mine.after_step)
     expected = mine.eval()(x)
     write(mine, tmp_path / "mine")
@@ -160,7 +145,7 @@ def test_a_pruned_adapter_is_sliced_in_its_file_both_ways(tmp_path) -> None:
     assert checkpoint.read(tmp_path / "again").keys() == checkpoint.read(tmp_path / "mine").keys()
     assert PeftConfig.read(tmp_path / "again").rank_pattern == PeftConfig.read(tmp_path / "mine").rank_pattern
 
-    theirs = peer(pair(), peft.AdaLoraConfig(**settings)).train()
+    theirs = peer(pair(), peft.AdaLoraConfig(**(SETTINGS | SCHEDULE))).train()
     train(theirs, theirs.base_model.update_and_allocate)
     theirs.eval().save_pretrained(tmp_path / "theirs")
     assert near(read(pair(), tmp_path / "theirs")(x), call(theirs, x), 1e-5)

@@ -17,6 +17,17 @@ HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 HAS_TORCHAO = importlib.util.find_spec("torchao") is not None
 
 
+class One(nn.Module):
+    """A model of one layer."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)
+
+
 def bnb_4bit(kind: str = "nf4", double: bool = True) -> Make:
     def make(w: Tensor, bias: Tensor) -> nn.Module:
         import bitsandbytes as bnb

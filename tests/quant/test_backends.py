@@ -9,22 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from quant.layers import FORMS
+from quant.layers import FORMS, One
 from veneer import LoraConfig, OFTConfig
 from veneer.core import backends, quant
 from veneer.core.sites import sites_for
 from veneer.engine.tuner import Tuner
 
 EVERY = pytest.mark.parametrize(("make", "name", "rounding", "own"), FORMS)
-
-
-class One(nn.Module):
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
 
 
 def weights() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hf.tiny import IDS, llama
+from quant.layers import One
 from veneer import IA3Config, LoraConfig, OFTConfig, PeftModel, get_peft_model
 from veneer.core import quant
 from veneer.engine.tuner import Tuner
@@ -76,15 +77,6 @@ CONFIGS = {
     "dora": lambda: LoraConfig(r=8, use_dora=True, target_modules=["layer"]),
     "oft": lambda: OFTConfig(oft_block_size=8, target_modules=["layer"]),
 }
-
-
-class One(nn.Module):
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x):
-        return self.layer(x)
 
 
 def off(a: torch.Tensor, b: torch.Tensor) -> float:

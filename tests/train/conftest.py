@@ -39,29 +39,31 @@ def tokenizer():
     return make_tokenizer()
 
 
-@pytest.fixture(scope="session")
-def base(tmp_path_factory, tokenizer):
-    """The folder of a random two-layer Llama with its tokenizer."""
+def make_base(folder, tokenizer, **shape):
+    """A folder with a random two-layer Llama and its tokenizer; ``shape``: LlamaConfig's fields."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("base") / "tiny-llama"
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **shape,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, tokenizer):
+    """The folder of a random two-layer Llama with its tokenizer."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 256, **heads}
+    return make_base(tmp_path_factory.mktemp("base") / "tiny-llama", tokenizer, **shape)
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ def layers(tensors: dict[str, Tensor], config: dict[str, Any]) -> list[Layer]:
             if stem + b_end in left:
                 a, b = left.pop(name), left.pop(stem + b_end)
                 place = _place(stem)
-                found.append(_product(place, a, b, _scaling(config, place, a.shape[0])))
+                found.append(_product(place, a, b, scale(config, place, a.shape[0])))
     rest: dict[str, list[Tensor]] = {}
     for name, tensor in left.items():
         rest.setdefault(_place(name.rpartition(".")[0]), []).append(tensor)
@@ -136,8 +136,8 @@ def _effective_rank(values: Tensor) -> float:
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
-def _scaling(config: dict[str, Any], place: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA; per-layer alphas by their patterns."""
+def scale(config: dict[str, Any], place: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) for rsLoRA; alphas of single places by their patterns."""
     alpha = config.get("lora_alpha", rank)
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", place):

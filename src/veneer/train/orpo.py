@@ -3,55 +3,57 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import TrainingArguments
 
 from veneer.train.preference import Preference
 from veneer.train.preference_trainers import answer_logprobs
-from veneer.train.tasks import batch_size
+from veneer.train.tasks import Task, batch_size
 from veneer.train.trainer import AdapterTrainer, Losses
 
 if TYPE_CHECKING:
     from veneer.train.prepare import Prepared
 
 
+class OddsLoss:
+    """See ``orpo``; keeps what is logged of each batch until ``figures`` is cleared."""
+
+    def __init__(self, weight: float):
+        self.weight, self.figures = weight, defaultdict[str, list[float]](list)
+
+    def __call__(self, model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        loss, found = orpo(answer_logprobs(model, batch), self.weight)
+        for name, value in found.items():
+            self.figures[name].append(value.item())
+        return loss, torch.tensor(len(batch["labels"]))
+
+
+class OrpoTrainer(AdapterTrainer):
+    """Logs the figures of the pairs beside their loss."""
+
+    losses: OddsLoss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The figures' means since the last line."""
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self.losses.figures.items()}
+            self.losses.figures.clear()
+        super().log(logs, *args, **kwargs)
+
+
 class Orpo(Preference):
     """SFT on the chosen answer with a term against the rejected one (Hong et al. 2024); there is no reference."""
 
     losses_known = ("orpo",)
+    trained_by = OrpoTrainer
+    trainer = Task.trainer  # our loop and not TRL's
 
     def losses(self, prepared: Prepared, model: Any) -> Losses:
-        """See ``preference_trainers.orpo``."""
-        return partial(self._losses, prepared.config.preference.beta, defaultdict(list))
-
-    def _losses(
-        self, weight: float, figures: defaultdict[str, list[float]], model: Any, batch: dict[str, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        loss, found = orpo(answer_logprobs(model, batch), weight)
-        for name, value in found.items():
-            figures[name].append(value.item())
-        return loss, torch.tensor(len(batch["labels"]))
-
-    def trainer(self, prepared: Prepared, model: Any, arguments: dict[str, Any], optimiser: Any) -> Any:
-        """Ours, with this loss."""
-        figures: defaultdict[str, list[float]] = defaultdict(list)
-        made = OrpoTrainer(
-            model,
-            TrainingArguments(**arguments),
-            prepared.collate,
-            prepared.feed,
-            prepared.held.rows if len(prepared.held) else None,
-            optimizers=(optimiser, None),
-            losses=partial(self._losses, prepared.config.preference.beta, figures),
-            measure=partial(self.measure, prepared, model),
-        )
-        made.figures = figures
-        return made
+        """See ``orpo``."""
+        return OddsLoss(prepared.config.preference.beta)
 
     @torch.no_grad()
     def measure(self, prepared: Prepared, model: Any, trainer: Any) -> dict[str, float]:
@@ -94,16 +96,3 @@ def orpo(logprobs: Tensor, weight: float) -> tuple[Tensor, dict[str, Tensor]]:
         "logps/chosen": chosen.detach().mean(),
         "logps/rejected": rejected.detach().mean(),
     }
-
-
-class OrpoTrainer(AdapterTrainer):
-    """Logs the figures of the pairs beside their loss."""
-
-    figures: defaultdict[str, list[float]]
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The figures' means since the last line."""
-        if "loss" in logs:
-            logs |= {name: sum(values) / len(values) for name, values in self.figures.items()}
-            self.figures.clear()
-        super().log(logs, *args, **kwargs)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from veneer.train.inspection import CONFIG_FILE, WEIGHTS_FILE
+from veneer.train.inspection import CONFIG_FILE, WEIGHTS_FILE, scale
 
 PREFIX, A_END, B_END = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 SPLITS = ("pissa", "olora", "milora", "corda", "lora_ga", "loftq")
@@ -142,14 +141,4 @@ def read(folder: str | Path) -> PlainLora | list[str]:
     if extra or not pairs:
         return [f"it has {words}" for words in extra] or ["it has no factors at all"]
     factors = {n.removeprefix(PREFIX): (tensors[n + A_END], tensors[n + B_END]) for n in sorted(pairs)}
-    return PlainLora(config, factors, {place: _scale(config, place, a.shape[0]) for place, (a, _) in factors.items()})
-
-
-def _scale(config: dict[str, Any], place: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA; alphas of single places by their patterns."""
-    alpha = config.get("lora_alpha", rank)
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", place):
-            alpha = value
-            break
-    return float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+    return PlainLora(config, factors, {place: scale(config, place, a.shape[0]) for place, (a, _) in factors.items()})

@@ -193,14 +193,8 @@ def ids_of(examples: list[Example], renderer: Renderer) -> list[list[int]]:
 
 def _split(examples: list[Example], renderer: Renderer) -> list[tuple[list[int], list[int]]]:
     """(ids of the prompt, ids of the answer with its end token) of each example."""
-    pieces = []
-    for example in examples:
-        try:
-            pieces.append(renderer.pieces(example))
-        except ValueError as error:
-            raise ValueError(f"{example.where}: {error}.") from None
     found = []
-    for ids, labels in renderer.encode(pieces):
+    for ids, labels in renderer.encode_all(examples):
         start = next((i for i, label in enumerate(labels) if label != IGNORED), len(ids))
         stop = len(ids) - next((i for i, label in enumerate(reversed(labels)) if label != IGNORED), 0)
         found.append((ids[:start], ids[start:stop]))

@@ -92,6 +92,8 @@ class Task(ABC):
     """What it measures; unless ``eval.metric`` says otherwise the first one tells which model is better."""
     prompts = "prompts"
     """What the things shown before and after are called."""
+    trained_by: type[AdapterTrainer] = AdapterTrainer
+    """The loop."""
 
     @abstractmethod
     def features(self, material: Material) -> Features:
@@ -177,7 +179,7 @@ class Task(ABC):
             arguments: keywords of ``TrainingArguments``.
             optimiser: or None for the one that ``arguments`` names.
         """
-        return AdapterTrainer(
+        return self.trained_by(
             model,
             TrainingArguments(**arguments),
             prepared.collate,

@@ -171,6 +171,20 @@ class Renderer:
         return start, len(through.rstrip()) if through.rstrip()[start:] else len(through)
 
     # ---- ids ------------------------------------------------------------------------------------------------------
+    def encode_all(self, examples: Iterable[Example]) -> list[tuple[list[int], list[int]]]:
+        """(ids, labels) of each example, as ``encode`` has them.
+
+        Raises:
+            ValueError: a conversation that the template refuses, by file and row.
+        """
+        pieces = []
+        for example in examples:
+            try:
+                pieces.append(self.pieces(example))
+            except ValueError as error:
+                raise ValueError(f"{example.where}: {error}.") from None
+        return self.encode(pieces)
+
     def encode(self, all_pieces: list[list[Piece]]) -> list[tuple[list[int], list[int]]]:
         """(ids, labels) of each example, untruncated, with BOS and end-of-text where the text lacks them."""
         texts: list[str] = []
@@ -218,13 +232,7 @@ class Renderer:
             ValueError: a conversation that the template refuses, by file and row; or no row is left to learn from.
         """
         result, examples = Tokenised(counts=self.counts), list(examples)
-        all_pieces = []
-        for example in examples:
-            try:
-                all_pieces.append(self.pieces(example))
-            except ValueError as error:
-                raise ValueError(f"{example.where}: {error}.") from None
-        for example, (ids, labels) in zip(examples, self.encode(all_pieces), strict=True):
+        for example, (ids, labels) in zip(examples, self.encode_all(examples), strict=True):
             result.lengths.append(len(ids))
             if len(ids) > max_length:
                 result.counts["truncated" if too_long == "truncate" else "dropped_long"] += 1
