@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from veneer.core import registry
 from veneer.core.adapter import Adapter
 from veneer.core.config import PeftConfig
-from veneer.core.patterns import Expression, Matcher, Names
 from veneer.core.prompt import Prompt
 from veneer.engine.adapted import Adapted
 from veneer.hf import hub
@@ -228,36 +227,6 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Any:
 
 
 # ---- names and weights ----------------------------------------------------------------------------------------------
-def check_target_module_exists(config: Any, key: str) -> bool:
-    """Whether ``target_modules`` (less ``exclude_modules``) of a config means the module at ``key``."""
-
-    def matcher(words: Any) -> Matcher:
-        return Expression(words) if isinstance(words, str) else Names(words)
-
-    excluded = getattr(config, "exclude_modules", None)
-    if excluded and matcher(excluded).match(key):
-        return False
-    wanted = config.target_modules
-    layers = getattr(config, "layers_to_transform", None)
-    if not wanted or not matcher(wanted).match(key):
-        return False
-    if layers is None or layers == [] or isinstance(wanted, str) or key in wanted:
-        return True
-    patterns = getattr(config, "layers_pattern", None) or []
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    for form in [rf"(?:.*?\.)??{pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]:
-        found = re.match(form, key)
-        if found is not None:
-            return int(found[1]) in ({layers} if isinstance(layers, int) else set(layers))
-    return False
-
-
-def get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    """(parent, module, the module's name in its parent) of the module at ``key``."""
-    parent, _, leaf = key.rpartition(".")
-    return model.get_submodule(parent), model.get_submodule(key), leaf
-
-
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
     """``weight`` turned, if the layer stores it ``(in, out)``."""
     return weight.T if fan_in_fan_out else weight
