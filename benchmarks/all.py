@@ -19,6 +19,7 @@ SCRIPTS = (
     "train_rows",
     "methods_step",
     "starts",
+    "combine",
     "experts",
     "optimizer",
 )

@@ -52,6 +52,18 @@ def llama(
     return LlamaForCausalLM(config)
 
 
+class One(nn.Module):
+    """A model of one linear layer."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(width, width, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)
+
+
 class Touched(TorchDispatchMode):
     """Counts the bytes of all that torch's kernels read and write: what is written in place counts as both."""
 

@@ -5,21 +5,7 @@ python benchmarks/starts.py --libraries veneer,peft
 
 from __future__ import annotations
 
-import torch
-from common import arguments, interleave, libraries, report
-from torch import nn
-
-
-class One(nn.Module):
-    """A model of one linear layer."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(width, width, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layer(x)
+from common import One, arguments, interleave, libraries, report
 
 
 def main() -> None:
