@@ -159,6 +159,7 @@ def test_copies_and_pickles_run_on_their_own() -> None:
     tuner = adapted()
     expected, _ = results(tuner)
     for twin in (copy.deepcopy(tuner), pickle.loads(pickle.dumps(tuner))):
+        assert blocks.report(twin.model) == blocks.report(tuner.model)
         assert twin.model.model.layers[0].mlp.forward.__self__ is twin.model.model.layers[0].mlp
         found, _ = results(twin)
         for mine, other in zip(found, expected, strict=True):

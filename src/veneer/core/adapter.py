@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.core import lean
 from veneer.core.sites import Parameters, Site
 from veneer.ops.lowrank import LowRank
 
@@ -52,7 +53,8 @@ class Adapter(nn.Module):
     looks_around: ClassVar[bool] = False
     """``beside`` is to hold the adapters of the same layer, this one among them, by name."""
     dense: ClassVar[bool] = False
-    """Its change is a matrix of the weight's size. Where nothing needs gradients, the sum of both is kept instead."""
+    """Its change is a matrix of the weight's size, so the layer runs once, with the sum of both (``summed``) for its
+    weight, where it is a plain one. Where nothing needs gradients, that sum is kept."""
     switches: ClassVar[bool] = False
     """A compiled graph may run it at strength zero where it is off, so that switching it compiles nothing anew."""
     beside: Any = None
@@ -66,7 +68,7 @@ class Adapter(nn.Module):
     """What ``plan`` made for all sites of this adapter (not a sub-module here: the tuner owns it)."""
 
     def __init__(self, site: Site, config: Any):
-        super().__init__()
+        lean.begin(self)
         self.__dict__["site"] = site
 
     if TYPE_CHECKING:  # a torch module's attributes are whatever was set
@@ -131,6 +133,10 @@ class Adapter(nn.Module):
             ValueError: the method's effect depends on its input.
         """
         raise ValueError(f"{type(self).__name__} at '{self.site.path}' depends on its input and cannot be merged.")
+
+    def summed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's function of ``x`` with what ``merged`` makes of (W, b): what a ``dense`` adapter's layer runs."""
+        return self.site(x, *self.merged(weight, bias))
 
     def rebase(self, weight: Tensor) -> None:
         """Have ``weight`` (out, in, *kernel) stand in for the base weight whenever this adapter is active.

@@ -22,10 +22,30 @@ def unswept() -> Iterator[None]:
             gc.enable()
 
 
+_UNUSED = nn.Module().__dict__
+"""The attributes of a module that nothing has been done to."""
+_TABLES = [(name, type(value)) for name, value in _UNUSED.items() if isinstance(value, dict | set)]
+
+
+def begin(module: nn.Module) -> None:
+    """``nn.Module.__init__``: the same attributes, set all at once instead of one by one."""
+    own = module.__dict__
+    own.update(_UNUSED)
+    for name, table in _TABLES:
+        own[name] = table()
+
+
+def module_dict() -> nn.ModuleDict:
+    """An empty ``nn.ModuleDict``."""
+    new = nn.ModuleDict.__new__(nn.ModuleDict)
+    begin(new)
+    return new
+
+
 def linear(in_features: int, out_features: int) -> nn.Linear:
     """A bias-free linear layer whose weight is still to be written; torch would draw one that is drawn anew anyway."""
     layer = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(layer)
+    begin(layer)
     layer.__dict__.update(in_features=in_features, out_features=out_features)
     layer._parameters.update(weight=nn.Parameter(torch.empty(out_features, in_features)), bias=None)
     return layer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.func import functional_call
 
-from veneer.core import quant
+from veneer.core import lean, quant
 from veneer.core.adapter import Adapter, Base, Reweight, Weight
 from veneer.core.cache import cached
 from veneer.core.sites import Parameters, Site
@@ -48,8 +48,8 @@ class Adapted(nn.Module):
     """The adapters as compiled graphs see them, once there is such a graph."""
 
     def __init__(self, base_layer: nn.Module, site: Site, state: State):
-        super().__init__()
-        self._modules.update(base_layer=base_layer, adapters=nn.ModuleDict())
+        lean.begin(self)
+        self._modules.update(base_layer=base_layer, adapters=lean.module_dict())
         number = state.enter(_device(base_layer))
         # Past torch's own way to set attributes, which takes longer than all the rest.
         self.__dict__.update(site=site, state=state, number=number, gains={}, training=base_layer.training)
@@ -71,26 +71,41 @@ class Adapted(nn.Module):
 
     # ---- forward ----------------------------------------------------------------------------------------------------
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        compiling = is_compiling()
-        if compiling and self._twinned():
-            x, rest = self._first(args, kwargs)
-            return switched(self, x, self._layer(rest, kwargs), not rest and not kwargs)
+        if is_compiling():
+            return self._traced(args, kwargs)
         state = self.state
         if not state.enabled:
-            return self._modules["base_layer"](*args, **kwargs)  # the plain lookup is slow enough to show
+            layer = self._modules["base_layer"]  # the plain lookup is slow enough to show, and so is a module's call
+            hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks
+            return (layer if hooked or layer._backward_pre_hooks else layer.forward)(*args, **kwargs)
         if self._decided != state.version:
             self._decide(state)
-        plain = len(args) == 1 and not kwargs and not state.gains and not self.gains
-        if self._path is not None and plain and not compiling:
+        if self._path is not None and len(args) == 1 and not kwargs:
             y = self._path(args[0])
             if y is not None:
                 return y
-        if self._alone and plain:
+        return self._long(args, kwargs)
+
+    def _traced(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The forward of a compiled graph."""
+        if self._twinned():
+            x, rest = self._first(args, kwargs)
+            return switched(self, x, self._layer(rest, kwargs), not rest and not kwargs)
+        if not self.state.enabled:
+            return self._modules["base_layer"](*args, **kwargs)
+        if self._decided != self.state.version:
+            self._decide(self.state)
+        return self._long(args, kwargs)
+
+    def _long(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Any adapters around the layer, however it is called."""
+        state = self.state
+        if self._alone and len(args) == 1 and not kwargs:
             adapter, layer = self._alone[0], self._modules["base_layer"]
-            if adapter.dense and not compiling and self._keeps_sum(adapter, layer):
-                own = layer._parameters.values()
-                return self.site(args[0], *cached(adapter, "sum", lambda: self._sum(adapter), *own))
-            return adapter(args[0], layer)
+            if adapter.dense and not is_compiling() and self._sums(layer):
+                return self._summed(adapter, layer, args[0])
+            if not isinstance(adapter, Reweight):
+                return adapter(args[0], layer)
         if state.route is not None:
             return self._mixed(state.route, args, kwargs)
         if not self._names:
@@ -114,7 +129,8 @@ class Adapted(nn.Module):
     _twinned._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def train(self, mode: bool = True) -> Adapted:
-        self.training, self._decided = mode, -1
+        # What was kept from the factors is not to outlive their training.
+        self.__dict__.update(training=mode, _decided=-1, _path=None if mode else self._path)
         for module in (*self._modules.values(), *(self.twins or {}).values()):
             module.train(mode)
         return self
@@ -132,21 +148,29 @@ class Adapted(nn.Module):
         self.settle()
 
     def _decide(self, state: State) -> None:
-        """Which adapters run here, and whether the short way serves them: once per change of the switchboard."""
-        self._decided = state.version
+        """Which adapters run here, and whether a short way serves them: once per change of the switchboard."""
+        own = self._modules["adapters"]._modules
         wanted = state.active if state.route is None else tuple(dict.fromkeys(state.route))
-        self._names = [name for name in wanted if name in self.adapters and name not in self.merged_names]
-        self._path = path(self, self._names, state.route, self._path) if self._names else None
-        alone = self.adapters[self._names[0]] if state.route is None and len(self._names) == 1 else None
-        self._alone = (alone,) if alone is not None and self._just_stands_around(alone) else ()
+        names = [name for name in wanted if name in own and name not in self.merged_names]
+        short = alone = None
+        if names and not state.gains and not self.gains:
+            short = path(self, names, state.route, self._path)
+            alone = own[names[0]] if state.route is None and len(names) == 1 else None
+        just = (alone,) if alone is not None and self._just_stands_around(alone) else ()
+        self.__dict__.update(_decided=state.version, _names=names, _path=short, _alone=just)
 
-    def _sum(self, adapter: Adapter) -> Weight:
-        return adapter.merged(self.site.weight, self.site.bias)
+    def _summed(self, adapter: Adapter, layer: nn.Module, x: Tensor) -> Tensor:
+        """The layer run once, with its weight and the change of it in one; that is kept where nothing trains."""
+        site = self.site
+        if adapter.training or torch.is_grad_enabled():
+            return adapter.summed(x, site.weight, site.bias)
+        own = layer._parameters.values()
+        return site(x, *cached(adapter, "sum", lambda: adapter.merged(site.weight, site.bias), *own))
 
     @staticmethod
-    def _keeps_sum(adapter: Adapter, layer: nn.Module) -> bool:
-        """Whether weight + change may stand in for both: nothing trains, and the sum rounds no more than they do."""
-        if adapter.training or torch.is_grad_enabled() or layer._forward_hooks or layer._forward_pre_hooks:
+    def _sums(layer: nn.Module) -> bool:
+        """Whether weight + change may stand in for both: nobody looks on, and the sum rounds no more than they do."""
+        if layer._forward_hooks or layer._forward_pre_hooks:
             return False
         weight = layer._parameters.get("weight")
         plain = type(weight) is nn.Parameter and "forward" not in layer.__dict__
@@ -154,7 +178,7 @@ class Adapted(nn.Module):
 
     def _just_stands_around(self, adapter: Adapter) -> bool:
         """Whether the adapter needs nothing but the layer's input and the layer."""
-        build, inside = type(adapter), isinstance(adapter, Reweight) or not self.site.maps_input
+        build, inside = type(adapter), isinstance(adapter, Reweight) and not adapter.dense or not self.site.maps_input
         copies = build.replacement is not Adapter.replacement or build.overrides is not Adapter.overrides
         return not (inside or copies or build.reads_call)
 

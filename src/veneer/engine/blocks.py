@@ -131,13 +131,10 @@ class GroupedPath(LowRankPath):
         super().__init__(host, *rest)
         self.host = host
 
-    def __call__(self, x: Tensor) -> Tensor | None:
+    def trained(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         group = self.host.group
-        if group is not None and torch.is_grad_enabled():
-            y = group.serve(self.host, x)
-            if y is not None:
-                return y
-        return super().__call__(x)
+        y = None if group is None else group.serve(self.host, x)
+        return super().trained(x, weight, bias) if y is None else y
 
 
 # ---- gated blocks ---------------------------------------------------------------------------------------------------
@@ -231,15 +228,18 @@ def _activation(node: Any) -> Callable[[nn.Module], Callable[[Tensor], Tensor]] 
 
 
 # ---- arranging ------------------------------------------------------------------------------------------------------
-def arrange(parents: Iterable[nn.Module], before: Iterable[nn.Module]) -> tuple[nn.Module, ...]:
-    """Join what can be joined among the children of ``parents``, and leave those of ``before`` as they were.
+def arrange(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Join what can be joined among the children of each module, and take apart what cannot be any more.
 
     Returns:
-        The modules that something was done to.
+        The modules that something was joined in.
     """
-    for module in before:
+    found = []
+    for module in modules:
         _dismiss(module)
-    return tuple([module for module in dict.fromkeys(parents) if _arranged(module)])
+        if _arranged(module):
+            found.append(module)
+    return found
 
 
 def _arranged(module: nn.Module) -> bool:
@@ -249,12 +249,13 @@ def _arranged(module: nn.Module) -> bool:
         hosts: list[Any] = [children[name] for name in names]
         group = Group(hosts)
         for host in hosts:
-            host.group, host._decided = group, -1
-    linear = sum(_adapted(child) or type(child) is nn.Linear for child in children.values())
-    gates = linear == 3 and len(children) <= 4 and "forward" not in module.__dict__
+            host.__dict__.update(group=group, _decided=-1)
+    adapted = sum(_adapted(child) for child in children.values())
+    linear = adapted + sum(type(child) is nn.Linear for child in children.values())
+    gates = adapted and linear == 3 and len(children) <= 4 and "forward" not in module.__dict__
     if gates:
         module.__dict__["forward"] = MethodType(_forward, module)
-    return names is not None or gates
+    return names is not None or bool(gates)
 
 
 @functools.cache
@@ -266,12 +267,12 @@ def _dismiss(module: nn.Module) -> None:
     if getattr(module.__dict__.get("forward"), "__func__", None) is _forward:
         del module.__dict__["forward"]
     for child in module._modules.values():
-        if getattr(child, "group", None) is not None:
-            child.group, child._decided = None, -1  # type: ignore[union-attr]
+        if child is not None and child.__dict__.get("group") is not None:
+            child.__dict__.update(group=None, _decided=-1)
 
 
 def _adapted(child: Any) -> bool:
-    return getattr(child, "is_adapted", False) and child.site.kind == "linear"
+    return getattr(type(child), "is_adapted", False) and child.site.kind == "linear"
 
 
 def report(model: nn.Module, x: Tensor | None = None) -> dict[str, str]:

@@ -37,25 +37,17 @@ class Stack(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where several adapters keep their factors, (table, name) each: read anew in each call, without asking them."""
+    """Where adapters keep their factors, (table, name) each: read anew in each call, without asking the adapters."""
 
     a: list[tuple[dict, str]]
     b: list[tuple[dict, str]]
     parts: tuple[tuple[str, int, float], ...]
 
 
-class Mask(NamedTuple):
-    """The mask of the last call, and what it was made for."""
-
-    of: dict
-    """The switchboard's masks, which are new ones after each change."""
-    size: int
-    batch: int
-    values: Tensor
-
-
 class LowRankPath:
     """Runs one layer and the joined branches of its adapters; ``None`` from a call means: go the long way.
+
+    A way serves until the switchboard's next change. What a call without gradients found out, the next ones use.
 
     Args:
         host: the wrapper.
@@ -70,8 +62,9 @@ class LowRankPath:
         self.layer: nn.Linear = host.base_layer
         self.state, self.names, self.route = host.state, names, route
         self.adapters: list[Additive] = [host.adapters[name] for name in names]
+        self.alone = self.adapters[0] if route is None and len(names) == 1 else None
         self.device = self.layer.weight.device.type
-        self.mask: Mask | None = None
+        self.mask: tuple[torch.Size, Tensor] | None = None
         self.scalings = [getattr(adapter, "scaling", None) for adapter in self.adapters]
         same = before is not None and before.adapters == self.adapters and before.scalings == self.scalings
         kept = before.stack if before is not None and same else None
@@ -80,56 +73,72 @@ class LowRankPath:
 
     def __call__(self, x: Tensor) -> Tensor | None:
         layer = self.layer
-        weight = layer._parameters["weight"]
-        if weight is None or weight.requires_grad or x.dtype is not weight.dtype or "forward" in layer.__dict__:
+        if layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__:
             return None
-        if layer._forward_hooks or layer._forward_pre_hooks or torch.is_autocast_enabled(self.device):
+        weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+        if weight is None or x.dtype is not weight.dtype or torch.is_autocast_enabled(self.device):
             return None
-        bias, trains = layer._parameters["bias"], torch.is_grad_enabled()
-        if self.stack is not None and not trains and self.stack.seen.unwritten():
-            return _inferred(x, weight, bias, self.stack.down, self.stack.up, self._mask(x, self.stack.parts))
-        if self.slots is not None and not trains:
-            down, up = torch.cat([t[n] for t, n in self.slots.a]).t(), torch.cat([t[n] for t, n in self.slots.b], 1).t()
-            return _inferred(x, weight, bias, down, up, self._mask(x, self.slots.parts))
-        lows: list[LowRank] = []
-        alone = self.route is None and len(self.adapters) == 1
-        for adapter in self.adapters:
-            low = adapter.low_rank()
-            if low is None or low.bias is not None:
-                return None
-            if (low.dropout or low.gain is not None) and not alone:
-                return None  # what only one branch can have
-            if low.a.dtype is not x.dtype and x.dtype not in _HALF:
-                return None
-            lows.append(low)
-        if trains or low.dropout:
-            low, mask = (low, None) if alone else (joined(lows), self._mask(x, self._parts(lows)))
-            return fused_linear(x, weight, bias, low, mask)
-        if alone:
+        if torch.is_grad_enabled():
+            return None if weight.requires_grad else self.trained(x, weight, bias)
+        slots, stack = self.slots, self.stack
+        if slots is not None and self.alone is not None:
+            (a, name), (b, other) = slots.a[0], slots.b[0]
+            return _inferred(x, weight, bias, a[name].t(), b[other].t(), None, self.alone.scaling)
+        if slots is not None:
+            down, up = torch.cat([t[n] for t, n in slots.a]).t(), torch.cat([t[n] for t, n in slots.b], 1).t()
+            return _inferred(x, weight, bias, down, up, self._mask(x, slots.parts))
+        if stack is not None and stack.seen.unwritten():
+            return _inferred(x, weight, bias, stack.down, stack.up, self._mask(x, stack.parts))
+        return self._asked(x, weight, bias)
+
+    def trained(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """With gradients."""
+        lows = self._lows(x)
+        if lows is None or self.alone is not None:
+            return None if lows is None else fused_linear(x, weight, bias, lows[0])
+        return fused_linear(x, weight, bias, joined(lows), self._mask(x, self._parts(lows)))
+
+    def _asked(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Without gradients, by what the adapters say now."""
+        lows, self.mask = self._lows(x), None
+        if lows is None:
+            return None
+        low, parts = lows[0], self._parts(lows)
+        if low.dropout:
+            return fused_linear(x, weight, bias, low)
+        if self.route is None and low.gain is None and not any(adapter.training for adapter in self.adapters):
+            self.slots = _slots(self.adapters, lows, parts)
+        if self.alone is not None:
             return _inferred(x, weight, bias, low.a.t(), low.b.t(), None, low.scaling, low.gain)
         down, up = torch.cat([low.a for low in lows]).t(), torch.cat([low.b for low in lows], 1).t()
-        parts = self._parts(lows)
         if self.route is not None:
             shared = [adapter.shared for adapter in self.adapters if adapter.shared is not None]
             self.stack = Stack(Seen(*self.adapters, *shared), down.to(x.dtype), up.to(x.dtype).contiguous(), parts)
-        elif not any(adapter.training for adapter in self.adapters):
-            self.slots = _slots(self.adapters, lows, parts)
         return _inferred(x, weight, bias, down, up, self._mask(x, parts))
+
+    def _lows(self, x: Tensor) -> list[LowRank] | None:
+        """The adapters' branches, if they can be joined."""
+        lows: list[LowRank] = []
+        for adapter in self.adapters:
+            low = adapter.low_rank()
+            if low is None or low.bias is not None or (low.a.dtype is not x.dtype and x.dtype not in _HALF):
+                return None
+            if (low.dropout or low.gain is not None) and self.alone is None:
+                return None  # what only one branch can have
+            lows.append(low)
+        return lows
 
     def _parts(self, lows: list[LowRank]) -> tuple[tuple[str, int, float], ...]:
         return tuple([(name, low.a.shape[0], low.scaling) for name, low in zip(self.names, lows)])
 
     def _mask(self, x: Tensor, parts: tuple[tuple[str, int, float], ...]) -> Tensor:
         """Each row's scaling of each part of the stacked rank, 0 where it is another row's: (N or 1, total rank)."""
-        last, size, batch = self.mask, x.numel(), x.shape[0]
-        if last is not None and last.of is self.state.masks and last.size == size and last.batch == batch:
-            return last.values
-        if self.route is None:
-            values = self.state.mask(1, parts, x.device, x.dtype)
-        else:
-            values = self.state.mask(batch, parts, x.device, x.dtype, size // (batch * x.shape[-1]))
-        self.mask = Mask(self.state.masks, size, batch, values)
-        return values
+        shape = x.shape
+        if self.mask is None or self.mask[0] != shape:
+            batch = 1 if self.route is None else shape[0]
+            inner = 1 if self.route is None else x.numel() // (batch * shape[-1])
+            self.mask = shape, self.state.mask(batch, parts, x.device, x.dtype, inner)
+        return self.mask[1]
 
 
 def _slots(adapters: list[Additive], lows: list[LowRank], parts: tuple[tuple[str, int, float], ...]) -> Slots | None:
@@ -159,8 +168,8 @@ def _inferred(
     """
     if down.dtype is not x.dtype:
         down, up = down.to(x.dtype), up.to(x.dtype)
-    dims = x.dim()
-    flat = x if dims == 2 else x.reshape(-1, down.shape[0])
+    shape = x.shape
+    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
     y, h = F.linear(flat, weight, bias), flat.mm(down)
     if mask is not None:
         h.mul_(mask)
@@ -170,7 +179,7 @@ def _inferred(
         y.mul_(gain)
         if bias is not None:
             y.addcmul_(bias, 1 - gain)
-    return y if dims == 2 else y.view(*x.shape[:-1], -1)
+    return y if len(shape) == 2 else y.view(shape[:-1] + (-1,))
 
 
 PLAIN = (nn.Parameter, FakeTensor)

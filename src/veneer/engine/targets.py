@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +14,8 @@ from torch import nn
 from veneer.core import errors
 from veneer.core.errors import NoMatchingPeftModuleError
 from veneer.core.patterns import Expression, Matcher, Names, is_literal, nearest, search_suffix
+from veneer.engine.places import original as original
+from veneer.engine.places import walk as walk
 
 ALL_LINEAR = "all-linear"
 
@@ -85,29 +87,6 @@ def find_named(model: nn.Module, names: Collection[str], what: str = "modules_to
     tops, inside = _subtrees(modules, wanted)
     _refuse_unmatched(model, what, wanted, [path for path, _ in modules])
     return [Target(path, module) for path, module in modules if path in tops and path not in inside]
-
-
-def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module below ``model`` with its path, once and in order; adapted layers appear as the layers they were."""
-    seen: set[int] = set()
-    stack = [("", model)]
-    while stack:
-        path, module = stack.pop()
-        module = original(module)
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if path:
-            yield path, module
-        dot = path + "." if path else ""
-        stack += [(dot + name, child) for name, child in reversed(module._modules.items()) if child is not None]
-
-
-def original(module: nn.Module) -> nn.Module:
-    """The layer itself, below any adapters around it."""
-    while getattr(type(module), "is_adapted", False):
-        module = cast(nn.Module, module.base_layer)
-    return module
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -269,7 +248,7 @@ def _list_names(path: str) -> list[str]:
 def _subtrees(modules: list[tuple[str, nn.Module]], wanted: Names) -> tuple[set[str], set[str]]:
     """The paths ``wanted`` meets, and those of everything inside them."""
     tops, inside = set(), set()
-    for path, _ in modules:  # parents come before their children
+    for path, _ in modules if wanted.names else ():  # parents come before their children
         parent = path.rpartition(".")[0]
         if wanted.match(path):
             tops.add(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from veneer.core.sites import Site
 from veneer.engine import blocks, blueprint, root
 from veneer.engine.adapted import BASE, Adapted, State, hosts
 from veneer.engine.packed_merge import Loss, MergeReport, Way, chosen_way
+from veneer.engine.places import Places
 
 
 class Tuner(nn.Module):
@@ -47,13 +48,11 @@ class Tuner(nn.Module):
         self._frozen: set[str] = set()
         self._was_trainable: list[nn.Parameter] = []
         self._merged_hosts: list[Adapted] = []
-        self._wanted: frozenset[str] = frozenset()
+        self._wants: dict[str, frozenset[str]] = {}
         self._hook: Any = None
         self._root_hook: Any = None
         self._split_hosts: list[Adapted] = []
-
-    _arranged: tuple[nn.Module, ...] = ()
-    """Modules some of whose layers run together."""
+        self._joined: list[nn.Module] = []
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
@@ -107,15 +106,20 @@ class Tuner(nn.Module):
         if drawn.shared is not None:
             self.shared[name] = placed(drawn.shared, drawn.own[0] if drawn.own else drawn.shared)
         self._hosts[name] = []
-        for site, adapter in drawn.pairs:
-            self._plant(name, site, adapter)
+        places = Places(self.model)
+        around = [self._plant(name, site, adapter, places) for site, adapter in drawn.pairs]
         self.configs[name] = config
-        adds = all(build.forward is Additive.forward for build in {type(adapter) for _, adapter in drawn.pairs})
+        builds = {type(adapter) for _, adapter in drawn.pairs}
+        adds = all(build.forward is Additive.forward for build in builds)
         self.state.name(*self.configs, ordered=self.state.ordered | (set() if adds else {name}))
         self._train(name, False)
         if name in self.roots and not self.roots[name].trains_members:
             self.freeze(*self.roots[name].members)
+        readers = [*builds, *([] if drawn.prompt is None else [drawn.prompt])]
+        if wants := frozenset(want for reader in readers for want in getattr(reader, "wants", ())):
+            self._wants[name] = wants
         self._watch()
+        self._join(around)
         return drawn.own
 
     @property
@@ -130,14 +134,10 @@ class Tuner(nn.Module):
 
     def _watch(self) -> None:
         """Keep one hook on the model that copies the inputs adapters ask for, as long as any does."""
-        builds = {type(host.adapters[name]) for name, hosts in self._hosts.items() for host in hosts}
-        wanted = {w for build in builds for w in build.wants}
-        wanted |= {w for prompt in self.prompts.values() for w in getattr(prompt, "wants", ())}
         self.inputs.clear()
-        self._wanted = frozenset(wanted)
-        if wanted and self._hook is None:
+        if self._wants and self._hook is None:
             self._hook = self.model.register_forward_pre_hook(self._take_inputs, with_kwargs=True)
-        elif not wanted and self._hook is not None:
+        elif not self._wants and self._hook is not None:
             self._hook.remove()
             self._hook = None
         if self.roots and self._root_hook is None:
@@ -145,8 +145,15 @@ class Tuner(nn.Module):
         elif not self.roots and self._root_hook is not None:
             self._root_hook.remove()
             self._root_hook = None
-        parents = [self._parent(host.site.path)[0] for host in self._all_hosts()]
-        self._arranged = blocks.arrange([parent for parent in parents if parent is not None], self._arranged)
+
+    def _join(self, around: Iterable[nn.Module | None]) -> None:
+        """Have layers run together where they can, in modules whose layers were wrapped or given back."""
+        around = {module: None for module in around if module is not None}
+        self._joined = [module for module in self._joined if module not in around] + blocks.arrange(around)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._join(self._joined)  # a copy's groups are its own
 
     def _ask_root(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         root.prepare(self, model, args, kwargs)
@@ -155,30 +162,35 @@ class Tuner(nn.Module):
         accepted = inspect.signature(model.forward).parameters
         given = dict(zip(accepted, args, strict=False)) | kwargs
         self.inputs.clear()
-        self.inputs.update({name: given.get(name) for name in self._wanted})
-        own = {n for n in self._wanted if n not in accepted}
+        wanted = frozenset().union(*self._wants.values())
+        self.inputs.update({name: given.get(name) for name in wanted})
+        own = {n for n in wanted if n not in accepted}
         return args, {k: v for k, v in kwargs.items() if k not in own}
 
-    def _plant(self, name: str, site: Site, adapter: Adapter) -> None:
-        parent, leaf = self._parent(site.path)
+    def _plant(self, name: str, site: Site, adapter: Adapter, places: Places) -> nn.Module | None:
+        """Put an adapter around its layer; returns the module around a layer that had to be wrapped for it."""
+        parent, leaf = self._around(site.path, places)
         current = self._child(parent, leaf)
+        wrapped = None
         for host in hosts(current):
             if host.site.parameter == site.parameter and host.site.kind == site.kind and name not in host.adapters:
                 break
         else:
-            host = self._wrapped(current, site)
+            host, wrapped = self._wrapped(current, site), parent
             self._set_child(parent, leaf, host)
         if adapter.site is site and host.site is not site:
             adapter.site = host.site
         if not host.training:
             adapter.train(False)
-        host.adapters[name] = adapter
+        host.adapters._modules[name] = adapter
         if adapter.looks_around:
             object.__setattr__(adapter, "beside", host.adapters)  # no sub-module of its own
-        host.settle()
+        if host.twins is not None:
+            host.settle()
         self._hosts[name].append(host)
         if adapter.residual is not None and host not in self._split_hosts:
             self._split_hosts.append(host)
+        return wrapped
 
     def _accept(self, pairs: blueprint.Pairs, config: PeftConfig) -> None:
         """Refuse, by a ValueError, what has been drawn; a floor above may know more about the model's code."""
@@ -187,14 +199,11 @@ class Tuner(nn.Module):
         """The wrapper for a layer that is adapted for the first time; a floor above may use a class of its own."""
         return Adapted(layer, site, self.state)
 
-    def _parent(self, path: str) -> tuple[nn.Module | None, str]:
-        if not path:
-            return None, ""
-        *parts, leaf = path.split(".")
-        module = self.model
-        for part in parts:
-            module = _innermost(module)._modules[part]
-        return _innermost(module), leaf
+    @staticmethod
+    def _around(path: str, places: Places) -> tuple[nn.Module | None, str]:
+        """The module that holds the one at a path, and under which name; None for the whole model."""
+        place, _, leaf = path.rpartition(".")
+        return (places[place] if path else None), leaf
 
     def _child(self, parent: nn.Module | None, leaf: str) -> nn.Module:
         return self.model if parent is None else parent._modules[leaf]
@@ -209,10 +218,11 @@ class Tuner(nn.Module):
         if self.configs:
             return
         keep_layout(self.model)
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
-                self._was_trainable.append(parameter)
-                parameter.requires_grad_(False)
+        for module in lean.inside(self.model):
+            for parameter in module._parameters.values():
+                if parameter is not None and parameter.requires_grad:
+                    self._was_trainable.append(parameter)
+                    parameter.requires_grad_(False)
 
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not name:
@@ -247,12 +257,15 @@ class Tuner(nn.Module):
         if active != self.state.active:
             self.state.active = active
             self._settle()
+        places, around = Places(self.model), []
         for host in reversed(self._hosts.pop(name)):
-            host.set_gain(name, 1.0)
-            del host.adapters[name]
-            host.settle()
-            if not len(host.adapters):
-                self._unwrap(host)
+            if name in host.gains:
+                host.set_gain(name, 1.0)
+            del host.adapters._modules[name]
+            if host.twins is not None:
+                host.settle()
+            if not len(host.adapters._modules):
+                around.append(self._take_out(host, host.base_layer, places))
         self._split_hosts = [h for h in self._split_hosts if any(a.residual is not None for a in h.adapters.values())]
         for table in (self.shared, self.prompts):
             if name in table:
@@ -262,17 +275,21 @@ class Tuner(nn.Module):
         self._frozen.discard(name)
         self.state.gains.pop(name, None)
         self.state.name(*self.configs, ordered=self.state.ordered - {name})
+        self._wants.pop(name, None)
         self._watch()
+        self._join(around)
 
-    def _unwrap(self, host: Adapted) -> None:
-        parent, leaf = self._parent(host.site.path)
+    def _take_out(self, host: Adapted, new: nn.Module, places: Places) -> nn.Module | None:
+        """Put a layer where its wrapper was; returns the module around it."""
+        parent, leaf = self._around(host.site.path, places)
         outer = self._child(parent, leaf)
         if outer is host:
-            self._set_child(parent, leaf, host.base_layer)
-            return
+            self._set_child(parent, leaf, new)
+            return parent
         while outer.base_layer is not host:
             outer = outer.base_layer
-        outer.base_layer = host.base_layer
+        outer.base_layer = new
+        return parent
 
     def rename(self, old: str, new: str) -> None:
         """Give an adapter another name; its tensors, place and state stay.
@@ -297,7 +314,7 @@ class Tuner(nn.Module):
             if old in names:
                 names.remove(old)
                 names.add(new)
-        tables: tuple[dict[str, Any], ...] = (self.configs, self._hosts, self.state.gains)
+        tables: tuple[dict[str, Any], ...] = (self.configs, self._hosts, self._wants, self.state.gains)
         for mapping in tables:
             if old in mapping:
                 mapping[new] = mapping.pop(old)
@@ -331,7 +348,6 @@ class Tuner(nn.Module):
             self.state.active = ()
             self._settle()
         for host in self._all_hosts(innermost_first=True):
-            parent, leaf = self._parent(host.site.path)
             new: nn.Module = host.base_layer
             if merge:
                 for name in chosen:
@@ -339,19 +355,15 @@ class Tuner(nn.Module):
                         new = host.adapters[name].replacement() or new
             for parameter in new.parameters():
                 parameter.requires_grad_(False)
-            outer = self._child(parent, leaf)
-            if outer is host:
-                self._set_child(parent, leaf, new)
-            else:
-                while outer.base_layer is not host:
-                    outer = outer.base_layer
-                outer.base_layer = new
+            self._take_out(host, new, Places(self.model))  # looked up anew: a trained copy may have come in before
         for parameter in self._was_trainable:
             parameter.requires_grad_(True)
         self._hosts, self.configs, self._merged_hosts, self._split_hosts = {}, {}, [], []
         self.state.name()
         self.shared, self.prompts = nn.ModuleDict(), nn.ModuleDict()
+        self._wants = {}
         self._watch()
+        self._join(self._joined)
         return self.model
 
     # ---- walking ----------------------------------------------------------------------------------------------------
@@ -612,9 +624,3 @@ class Tuner(nn.Module):
             build = registry.of(str(self.configs[name].peft_type)).build
             if issubclass(build, Adapter):
                 build.after_step(self.configs[name], dict(self.adapters(name)), step)
-
-
-def _innermost(module: nn.Module) -> nn.Module:
-    while isinstance(module, Adapted):
-        module = module.base_layer
-    return module

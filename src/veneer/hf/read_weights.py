@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from veneer.core.adapter import Adapter
 from veneer.core.sites import Site
 from veneer.engine.adapted import Adapted
-from veneer.engine.targets import original
+from veneer.engine.places import Places
 from veneer.hf.layer_face import PeftLayer
 
 HARMLESS = frozenset({"device", "dtype", "shape", "size", "dim", "ndim", "is_cuda", "is_meta", "requires_grad"})
@@ -85,25 +85,46 @@ def _is_harmless(above: ast.AST) -> bool:
     )
 
 
-def reader_of(model: nn.Module, path: str) -> str | None:
-    """The class of the module around ``path`` that reads its weight, if there is one."""
-    parts, owners = path.split("."), [original(model)]
-    for part in parts[:-1]:
-        owners.append(original(getattr(owners[-1], part)))
-    for depth, owner in enumerate(reversed(owners[-3:]), 1):
-        if ".".join(parts[-depth:]) in read_by(cast(Any, type(owner))):
-            return type(owner).__name__
-    return None
+def readers(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """path -> the class of a module around it that reads its weight, for those that are read."""
+    places = Places(model)
+    around: dict[str, list[tuple[int, type[nn.Module]]]] = {}
+    found = {}
+    for path in paths:
+        place = path.rpartition(".")[0]
+        if place not in around:
+            around[place] = list(_reading(places, place))
+        for depth, kind in around[place]:
+            if ".".join(path.split(".")[-depth:]) in read_by(cast(Any, kind)):
+                found[path] = kind.__name__
+                break
+    return found
 
 
-def refuse_unreadable(model: nn.Module, pairs: Iterable[tuple[Site, Adapter]], training: bool) -> None:
+def _reading(places: Places, place: str) -> Iterator[tuple[int, type[nn.Module]]]:
+    """(how far out, class) of the last three modules on the way to a place that read any weight at all."""
+    for depth in (1, 2, 3):
+        kind = type(places[place])
+        if read_by(cast(Any, kind)):
+            yield depth, kind
+        if not place:
+            break
+        place = place.rpartition(".")[0]
+
+
+def refuse_unreadable(pairs: Iterable[tuple[Site, Adapter]], read: dict[str, str], training: bool) -> None:
     """Refuse, before anything is planted, adapters that have no weight to show at a layer whose weight is read.
+
+    Args:
+        pairs: what is to be planted.
+        read: path -> class, as ``readers`` found them.
+        training: dropouts are going to be on.
 
     Raises:
         ValueError: names the layer, who reads it, and what to do.
     """
     for site, adapter in pairs:
-        reader = reader_of(model, site.path)
+        reader = read.get(site.path)
         if reader is None or adapter.replacement() is not None or adapter.overrides() is not None:
             continue
         dropping = training and any(isinstance(m, nn.Dropout) and m.p > 0 for m in adapter.modules())

@@ -24,7 +24,7 @@ from veneer.hf import megatron, shown
 from veneer.hf.architectures import default_targets, present
 from veneer.hf.layer_face import PeftLayer
 from veneer.hf.quantised import dequantized, way_of
-from veneer.hf.read_weights import ReadLayer, reader_of, refuse_unreadable
+from veneer.hf.read_weights import ReadLayer, readers, refuse_unreadable
 from veneer.hf.replicate import Replication, check_agrees, ranges_of, replicate
 
 
@@ -52,6 +52,7 @@ class PeftTuner(shown.Shows, Tuner):
     ):
         super().__init__(model)
         self.replication: Replication | None = None
+        self._read: dict[str, str] = {}
         configs = config if isinstance(config, dict) else {adapter_name: config} if config is not None else {}
         for name, one in configs.items():
             self.inject(name, one, low_cpu_mem_usage=low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -74,10 +75,11 @@ class PeftTuner(shown.Shows, Tuner):
             config.target_modules = names_of(self.model, [site.path for site in own])  # type: ignore[attr-defined]
 
     def _accept(self, pairs: Pairs, config: PeftConfig) -> None:
-        refuse_unreadable(self.model, pairs, training=not config.inference_mode)
+        self._read = readers(self.model, dict.fromkeys(site.path for site, _ in pairs))
+        refuse_unreadable(pairs, self._read, training=not config.inference_mode)
 
     def _wrapped(self, layer: nn.Module, site: Site) -> PeftLayer:
-        kind = PeftLayer if reader_of(self.model, site.path) is None else ReadLayer
+        kind = ReadLayer if site.path in self._read else PeftLayer
         return kind(layer, site, self.state, self)
 
     # ---- layer replication ------------------------------------------------------------------------------------------

@@ -99,15 +99,16 @@ class Lora(Additive):
         super().__init__(site, config)
         # Past torch's own way to set attributes: a large model has thousands of these.
         self.__dict__.update(r=config.r, lora_alpha=config.lora_alpha, scaling=config.scaling, arriving=None)
-        self.splits = lora_split.splits(config.init_lora_weights)
-        self.register_buffer("start_A", None, persistent=False)
-        self.register_buffer("start_B", None, persistent=False)
-        self.lora_dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else NO_DROPOUT
+        self.__dict__.update(splits=lora_split.splits(config.init_lora_weights), lora_dropout=NO_DROPOUT)
+        self._buffers.update(start_A=None, start_B=None)
+        self._non_persistent_buffers_set.update(self._buffers)
+        if config.lora_dropout:
+            self.lora_dropout = nn.Dropout(config.lora_dropout)
         self.make_factors(site, config)
         self.start(config)
 
     def make_factors(self, site: Site, config: LoraConfig) -> None:
-        self.lora_A, self.lora_B = site.factors(config.r)
+        self._modules.update(zip(("lora_A", "lora_B"), site.factors(config.r), strict=True))
         if config.lora_bias:
             self.lora_B.bias = nn.Parameter(torch.zeros(site.out_features))
 
