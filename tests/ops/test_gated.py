@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 
 from ops.test_lowrank import eager
-from veneer.ops import gated as module
 from veneer.ops import lowrank as ops
 from veneer.ops.gated import gated
 from veneer.ops.lowrank import Layer, LowRank
@@ -37,7 +36,7 @@ def test_forward_and_gradients_equal_the_layers_one_by_one(gains, dropout, branc
     def dropped(x: torch.Tensor, p: float) -> ops.Dropped:
         return ops.Dropped(x * keeps[x.shape[1]], keeps[x.shape[1]], 0.6)
 
-    monkeypatch.setattr(module, "dropped", dropped)
+    monkeypatch.setattr(ops, "dropped", dropped)
     keep = {wide: k.view(3, 5, wide) if dropout else None for wide, k in keeps.items()}
     gate, up = eager(x, layers[:2], keep[7], 0.6)
     (twin,) = eager(F.silu(gate) * up, layers[2:], keep[6], 0.6)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from veneer.ops.lowrank import Layer, back, dropped, flattened, parts, rows, run, which
+from veneer.ops.lowrank import Dropped, Layer, back, drop, flattened, parts, rows, run, which
 
 Activation = Callable[[Tensor], Tensor]
 """Element-wise, without parameters."""
@@ -43,15 +43,15 @@ class _Gated(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         flat, needs = x.reshape(-1, x.shape[-1]), which(ctx.needs_input_grad, 4)
         layers = parts(tensors, scalings)
-        outer = dropped(flat, dropout[0]) if dropout[0] else None
+        outer = drop(flat, dropout[0], layers[:2])
         wide = run(flat, layers[:2], None, outer)
         middle = act(wide.ys[0]) * wide.ys[1]
-        inner = dropped(middle, dropout[1]) if dropout[1] else None
+        inner = drop(middle, dropout[1], layers[2:])
         last = run(middle, layers[2:], None, inner)
         y = last.ys[0].view(*x.shape[:-1], -1)
         measured = [*wide.measured, y if last.measured[0] is last.ys[0] else last.measured[0]]
         wants = [any(needs[1:7:3]), any(needs[2:7:3]) or any(needs[3:7:3]), needs[8] or needs[9]]
-        ctx.rest = act, scalings, x.shape, [1.0 if d is None else d.share for d in (outer, inner)]
+        ctx.rest = act, scalings, x.shape, [d and d[2:] for d in (outer, inner)]
         ctx.save_for_backward(
             (x if outer is None else outer.x) if wants[0] else None,
             None if outer is None else outer.keep,
@@ -67,8 +67,8 @@ class _Gated(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        seen, outer, inner, g, u, h_wide, h_last, *rest = ctx.saved_tensors
-        act, scalings, shape, shares = ctx.rest
+        seen, of_outer, of_inner, g, u, h_wide, h_last, *rest = ctx.saved_tensors
+        act, scalings, shape, (outer, inner) = ctx.rest
         tensors, measured = rest[:15], [rows(z) for z in rest[15:]]
         layers, needs = parts(tensors, scalings), which(ctx.needs_input_grad, 4)
         with torch.enable_grad():
@@ -76,17 +76,18 @@ class _Gated(torch.autograd.Function):
             a = act(leaf)
         middle = a.detach() * u
         if inner is not None:
-            middle.mul_(inner)
+            inner = Dropped(middle, of_inner, *inner)
+            middle = inner.masked(middle)
         further = any(needs[:7])
-        last = back(
-            [rows(grad)], middle, layers[2:], h_last, measured[2:], [further, *needs[7:]], None, inner, shares[1]
-        )
-        del middle
+        last = back([rows(grad)], middle, layers[2:], h_last, measured[2:], [further, *needs[7:]], None, inner)
+        del middle, inner
         wide = None
         if last.x is not None:
             dup = last.x * a.detach()
             (dgate,) = torch.autograd.grad(a, leaf, last.x.mul_(u))
-            wide = back([dgate, dup], rows(seen), layers[:2], h_wide, measured[:2], needs[:7], None, outer, shares[0])
+            seen = rows(seen)
+            outer = outer and Dropped(seen, of_outer, *outer)
+            wide = back([dgate, dup], seen, layers[:2], h_wide, measured[:2], needs[:7], None, outer)
         dx = None if wide is None or wide.x is None else wide.x.view(shape)
         each = [*(wide.each if wide is not None else [[None] * 3] * 2), *last.each]
         return dx, None, None, None, *[t for own in each for t in (None, None, *own)]

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from veneer.ops.kernels import kernel
+
 
 class LowRank(NamedTuple):
     """A branch ``scaling * (drop(x) a^T) b^T (+ scaling * bias)``: a (r, in), b (out, r), bias (out,) or None.
@@ -36,6 +38,10 @@ class Layer(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     low: LowRank | None
+
+
+PAIRED = 32
+"""The largest rank for which one kernel that writes sums aside moves less than two products that each read it all."""
 
 
 def lowrank(
@@ -100,7 +106,8 @@ def fused_linears(x: Tensor, layers: Sequence[Layer], mask: Tensor | None = None
     if torch.is_grad_enabled() and (x.requires_grad or any(t is not None and t.requires_grad for t in tensors)):
         return _FusedLinears.apply(x, mask, dropout, scalings, *tensors)
     flat = x.reshape(-1, x.shape[-1])
-    ran = run(flat, parts(tensors, scalings), mask, dropped(flat, dropout) if dropout else None)
+    layers = parts(tensors, scalings)
+    ran = run(flat, layers, mask, drop(flat, dropout, layers))
     return tuple([y.view(*x.shape[:-1], -1) for y in ran.ys])
 
 
@@ -121,11 +128,34 @@ class Part(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """What dropout left of x, which of its entries were kept (1) or not (0), and the share that is kept."""
+    """What dropout left of x (N, in), and how the branches compute with it.
+
+    With kernels, nothing of that size is stored: x is as it was, and the mask is drawn anew from its seed.
+    """
 
     x: Tensor
     keep: Tensor
+    """(N, in), which entries were kept (1) or not (0); with kernels, their seed."""
     share: float
+    """Of the entries that are kept."""
+    kernels: Any = None
+    """``ops.triton.dropout``, if it runs."""
+
+    @property
+    def cut(self) -> int:
+        return round(256 * (1 - self.share))
+
+    def inner(self, a: Tensor) -> Tensor:
+        """``a x^T``: (r, N)."""
+        return a @ self.x.t() if self.kernels is None else self.kernels.inner(self.x, a, self.keep, self.cut).t()
+
+    def outer(self, dh: Tensor) -> Tensor:
+        """``dh x``, for dh (r, N): (r, in)."""
+        return dh @ self.x if self.kernels is None else self.kernels.outer(self.x, dh, self.keep, self.cut)
+
+    def masked(self, t: Tensor) -> Tensor:
+        """``t``, another instance of what x was, dropped in place; with kernels as it is."""
+        return t.mul_(self.keep) if self.kernels is None else t
 
 
 def flattened(
@@ -148,12 +178,25 @@ def parts(tensors: Sequence[Tensor | None], scalings: Sequence[float]) -> list[P
     return [Part(*tensors[5 * i : 5 * i + 5], s) for i, s in enumerate(scalings)]  # type: ignore[arg-type, call-arg]
 
 
-def dropped(x: Tensor, p: float) -> Dropped:
+def drop(x: Tensor, p: float, layers: Sequence[Part]) -> Dropped | None:
     """Drop entries of x (N, in) by one random byte each; what is left is not scaled up.
 
     The probability is rounded to a 256th; the share kept is exact for what it was rounded to.
     """
-    cut = min(max(round(p * 256), 1), 255)
+    if not p:
+        return None
+    # A gain multiplies what the whole layer makes of the dropped x, which therefore must exist.
+    found = kernel("dropout", x) if all(part.gain is None for part in layers) else None
+    return dropped(x, p) if found is None else Dropped(x, found.draw(x.device), 1 - _cut(p) / 256, found)
+
+
+def _cut(p: float) -> int:
+    return min(max(round(p * 256), 1), 255)
+
+
+def dropped(x: Tensor, p: float) -> Dropped:
+    """``drop``, with the mask in memory."""
+    cut = _cut(p)
     words = torch.randint(-(2**63), 2**63 - 1, (-(-x.numel() // 8),), device=x.device)  # all 64 bits
     # In bytes throughout: comparing into booleans, and multiplying by them, costs several times as much.
     keep = words.view(torch.uint8)[: x.numel()].view_as(x).ge_(cut)
@@ -180,7 +223,7 @@ def run(x: Tensor, layers: Sequence[Part], mask: Tensor | None = None, drop: Dro
     """The layers' outputs for x (N, in); under dropout, a gain acts as in ``b + W x + (g - 1) W drop(x) + ...``."""
     seen, share = (x, 1.0) if drop is None else (drop.x, drop.share)
     a = _stacked(layers)
-    h = None if a is None else a @ seen.t()
+    h = None if a is None else a @ seen.t() if drop is None else drop.inner(a)
     if h is not None and mask is not None:
         h = h * mask.t()
     ys: list[Tensor] = []
@@ -220,8 +263,7 @@ def back(
     measured: Sequence[Tensor | None],
     needs: Sequence[bool],
     mask: Tensor | None = None,
-    keep: Tensor | None = None,
-    share: float = 1.0,
+    drop: Dropped | None = None,
 ) -> Gradients:
     """The gradients of ``run``.
 
@@ -233,8 +275,9 @@ def back(
         measured: what ``run`` returned, for layers whose gain needs a gradient.
         needs: whether x needs a gradient, and then, a layer at a time, whether its a, b and gain do.
         mask: as in ``run``.
-        keep, share: of the dropout.
+        drop: of the dropout; its x is ``seen``.
     """
+    keep, share = (None, 1.0) if drop is None else (drop.keep, drop.share)
     given = [(i, part, g) for i, (part, g) in enumerate(zip(layers, grads, strict=True)) if g is not None]
     each: list[list[Tensor | None]] = [[None, None, None] for _ in layers]
     starts = [sum(part.rank for part in layers[:i]) for i in range(len(layers))]
@@ -257,6 +300,11 @@ def back(
         if b is None or part.b is None:
             continue
         rows = slice(starts[i], starts[i] + part.rank)
+        both = h is not None and dh is not None and part.gain is None and needs[3 * i + 2] and part.rank <= PAIRED
+        if both and (found := kernel("pair", g, b, h)) is not None:
+            inner, db = found.pair(g, b, h[rows])
+            dh[rows], each[i][1] = inner.mul_(scaling), db.mul_(scaling).to(b.dtype)
+            continue
         if h is not None and (needs[3 * i + 2] or each[i][2] is not None):
             db = (h[rows] @ g).t().mul_(scaling)
             if part.gain is not None and keep is not None:
@@ -269,11 +317,14 @@ def back(
     if dh is not None and mask is not None:
         dh *= mask.t()
     if dh is not None and seen is not None and any(needs[1::3]):
-        for i, da in enumerate((dh @ seen).split([part.rank for part in layers])):
+        of_a = dh @ seen if drop is None else drop.outer(dh)
+        for i, da in enumerate(of_a.split([part.rank for part in layers])):
             each[i][0] = da if needs[3 * i + 1] and grads[i] is not None else None
     if not needs[0] or not direct:
         return Gradients(None, each)
     a = _stacked(layers)
+    if drop is not None and drop.kernels is not None and dh is not None and a is not None:
+        return Gradients(drop.kernels.spread(_summed(direct), dh, a, drop.keep, drop.cut), each)
     if dh is not None and a is not None:
         (direct if keep is None else through).append((dh.t(), a))
     dx = _summed(direct)
@@ -334,17 +385,18 @@ class _FusedLinears(torch.autograd.Function):
         ctx: Any, x: Tensor, mask: Tensor | None, dropout: float, scalings: tuple[float, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         flat, needs = x.reshape(-1, x.shape[-1]), which(ctx.needs_input_grad, 4)
-        drop = dropped(flat, dropout) if dropout else None
-        ran = run(flat, parts(tensors, scalings), mask, drop)
+        layers = parts(tensors, scalings)
+        dropping = drop(flat, dropout, layers)
+        ran = run(flat, layers, mask, dropping)
         outputs = tuple([y.view(*x.shape[:-1], -1) for y in ran.ys])
         measured = [o if z is y else z for o, y, z in zip(outputs, ran.ys, ran.measured, strict=True)]
         ctx.set_materialize_grads(False)
-        ctx.rest = scalings, x.shape, 1.0 if drop is None else drop.share
+        ctx.rest = scalings, x.shape, None if dropping is None else dropping[2:]
         ctx.save_for_backward(
-            (x if drop is None else ran.seen) if any(needs[1::3]) else None,
+            (x if dropping is None else ran.seen) if any(needs[1::3]) else None,
             ran.h if any(needs[2::3]) or any(needs[3::3]) else None,
             mask,
-            None if drop is None else drop.keep,
+            None if dropping is None else dropping.keep,
             *tensors,
             *[z if need else None for z, need in zip(measured, needs[3::3], strict=True)],
         )
@@ -354,11 +406,12 @@ class _FusedLinears(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         seen, h, mask, keep, *rest = ctx.saved_tensors
-        scalings, shape, share = ctx.rest
+        scalings, shape, dropping = ctx.rest
         tensors, measured = rest[: 5 * len(scalings)], rest[5 * len(scalings) :]
+        seen = rows(seen)
         found = back(
-            [rows(g) for g in grads], rows(seen), parts(tensors, scalings), h, [rows(z) for z in measured],
-            which(ctx.needs_input_grad, 4), mask, keep, share,
+            [rows(g) for g in grads], seen, parts(tensors, scalings), h, [rows(z) for z in measured],
+            which(ctx.needs_input_grad, 4), mask, dropping and Dropped(seen, keep, *dropping),
         )  # fmt: skip
         dx = None if found.x is None else found.x.view(shape)
         return dx, None, None, None, *[t for each in found.each for t in (None, None, *each)]

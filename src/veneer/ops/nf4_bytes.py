@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from veneer.ops import nf4
+from veneer.ops.kernels import kernel
 
 
 class Layout(NamedTuple):
@@ -58,13 +59,19 @@ def packed(weight: Tensor, layout: Layout) -> Tensor:
 
 def unpacked(data: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     """The dense weight (out, in) that the bytes stand for."""
+    found = kernel("nf4", data, dtype=dtype)
+    return unpacked_eager(data, layout, dtype) if found is None else found.unpacked(data, layout, dtype)
+
+
+def unpacked_eager(data: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The eager twin."""
     wide, narrow, codes = data.flatten().split(layout.parts)
     constants = wide.view(torch.float32)
     if layout.double:
         mean, outer = constants[0], constants[1:]
-        table = _on(DYNAMIC, data.device, torch.float32)
+        table = on(DYNAMIC, data.device, torch.float32)
         constants = table[narrow.int()] * outer.repeat_interleave(nf4.OUTER_BLOCK)[: layout.blocks] + mean
-    pairs = F.embedding(codes.int(), _on(PAIRS, data.device, dtype)).flatten()  # (values), and one more if odd
+    pairs = F.embedding(codes.int(), on(PAIRS, data.device, dtype)).flatten()  # (values), and one more if odd
     constants = constants.to(dtype)
     whole = layout.values // layout.block * layout.block
     dense = pairs[:whole].view(-1, layout.block) * constants[: whole // layout.block, None]
@@ -73,7 +80,8 @@ def unpacked(data: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     return dense.view(layout.shape)
 
 
-def _on(table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def on(table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One of the tables below, where it is needed."""
     if device.type == "cpu" or torch.compiler.is_compiling():
         return table.to(device, dtype)
     key = id(table), device, dtype
@@ -87,9 +95,9 @@ def _on(table: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 _COPIES: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
 with torch.device("cpu"):  # made here, once, so that no tracer and no device context sees them made
-    DYNAMIC = nf4.dynamic_levels()
+    LEVELS, DYNAMIC = nf4.levels(), nf4.dynamic_levels()
     _BYTE = torch.arange(256)
-    PAIRS = torch.stack([nf4.levels()[_BYTE >> 4], nf4.levels()[_BYTE & 15]], dim=1)
+    PAIRS = torch.stack([LEVELS[_BYTE >> 4], LEVELS[_BYTE & 15]], dim=1)
 """(256, 2): the two values of each byte."""
 
 
@@ -100,6 +108,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, data: Tensor, bias: Tensor | None, layout: Layout) -> Tensor:
+        found = kernel("nf4_rows", x, data) if x.numel() <= 16 * x.shape[-1] else None
+        if found is not None:
+            return found.product(x, data, bias, layout)
         return F.linear(x, unpacked(data, layout, x.dtype), bias)
 
     @staticmethod

@@ -1,0 +1,1 @@
+"""Kernels for NVIDIA GPUs; ``ops.kernels`` says when they run. Importing one of these files imports triton."""
