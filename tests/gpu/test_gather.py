@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from gpu.conftest import TYPES, close
+from veneer import LoraConfig
+from veneer.engine.tuner import Tuner
 from veneer.ops.gather import Rows, gathered, gathered_eager
+from veneer.ops.kernels import kernel
 
 BATCHES = {
     "none": [-1, -1, -1],
@@ -52,3 +55,39 @@ def test_factors_may_lie_either_way_round(device) -> None:
     x, a, b, y = (torch.randn(s, device=device) for s in ((3, 20), (6, 20), (12, 6), (3, 12)))
     turned = gathered(y.clone(), x, a.t().contiguous().t(), b.t().contiguous().t(), rows)
     assert torch.allclose(turned, gathered_eager(y, x, a, b, rows), atol=1e-5)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_mixed_batch_of_many_adapters_equals_each_alone(trains, device, monkeypatch) -> None:
+    """Through the engine, with beams, tokens, adapters that lie at one layer only, and rows of none."""
+    net = torch.nn.Sequential(torch.nn.Linear(20, 24), torch.nn.Tanh(), torch.nn.Linear(24, 10)).to(device)
+    tuner, names = Tuner(net), list("abcdef")
+    for r, name in enumerate(names, 2):
+        layers = ["0"] if name == "c" else ["0", "2"]
+        tuner.add(name, LoraConfig(r=r, lora_alpha=3, target_modules=layers, init_lora_weights=False))
+    route, ran = ["f", "__base__", "c", "a", "e", "a", "b", "d"], []
+    shrink = kernel("gather", torch.ones(1, device=device)).shrink
+    monkeypatch.setattr(
+        kernel("gather", torch.ones(1, device=device)), "shrink", lambda *g: ran.append(1) or shrink(*g)
+    )
+    x = torch.randn(2 * len(route), 3, 20, device=device)
+    weights = [p for name in names for _, adapter in tuner.adapters(name) for p in adapter.parameters()]
+    for p in weights:
+        p.requires_grad_()
+    with torch.set_grad_enabled(trains):
+        tuner.route(route)
+        for _ in range(2):  # the first call without gradients prepares the second
+            y = tuner(x)
+        tuner.route(None)
+        assert ran
+        alone = []
+        for i, name in enumerate(n for n in route for _ in range(2)):
+            tuner.set_active(*([] if name == "__base__" else [name]))
+            alone.append(tuner(x[i : i + 1]))
+        twin = torch.cat(alone)
+    assert torch.allclose(y, twin, atol=1e-4)
+    if trains:
+        for p in weights:
+            p.requires_grad_()
+        grads = [torch.autograd.grad(t.square().sum(), weights, retain_graph=True) for t in (y, twin)]
+        assert all(close(mine, other, torch.float32) for mine, other in zip(*grads, strict=True))

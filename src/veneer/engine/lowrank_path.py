@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from veneer.core.adapter import Additive
 from veneer.core.cache import Seen
 from veneer.core.lean import inside
+from veneer.engine.gather_path import own_rows
 from veneer.ops.lowrank import LowRank, fused_linear, joined
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ class LowRankPath:
             down, up = torch.cat([t[n] for t, n in slots.a]).t(), torch.cat([t[n] for t, n in slots.b], 1).t()
             return _inferred(x, weight, bias, down, up, self._mask(x, slots.parts))
         if stack is not None and stack.seen.unwritten():
-            return _inferred(x, weight, bias, stack.down, stack.up, self._mask(x, stack.parts))
+            y = own_rows(self.state, x, weight, bias, stack.down.t(), stack.up.t(), stack.parts)
+            return _inferred(x, weight, bias, stack.down, stack.up, self._mask(x, stack.parts)) if y is None else y
         return self._asked(x, weight, bias)
 
     def trained(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -96,7 +98,9 @@ class LowRankPath:
         lows = self._lows(x)
         if lows is None or self.alone is not None:
             return None if lows is None else fused_linear(x, weight, bias, lows[0])
-        return fused_linear(x, weight, bias, joined(lows), self._mask(x, self._parts(lows)))
+        low, parts = joined(lows), self._parts(lows)
+        y = own_rows(self.state, x, weight, bias, low.a, low.b, parts)
+        return fused_linear(x, weight, bias, low, self._mask(x, parts)) if y is None else y
 
     def _asked(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """Without gradients, by what the adapters say now."""
