@@ -67,3 +67,22 @@ def tensors(module: nn.Module) -> Iterator[Tensor]:
     for each in inside(module):
         for table in (each._parameters, each._buffers):
             yield from (tensor for tensor in table.values() if tensor is not None)
+
+
+_PLAIN = ("state_dict", "_save_to_state_dict", "get_extra_state")
+
+
+def saved(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+    """``module.state_dict(keep_vars=True)``: the live tensors that are saved, by their keys."""
+    kind = type(module)
+    hooked = module._state_dict_hooks or module._state_dict_pre_hooks
+    if hooked or any(getattr(kind, way) is not getattr(nn.Module, way) for way in _PLAIN):
+        return module.state_dict(prefix=prefix, keep_vars=True)
+    found = {prefix + key: tensor for key, tensor in module._parameters.items() if tensor is not None}
+    for key, tensor in module._buffers.items():
+        if tensor is not None and key not in module._non_persistent_buffers_set:
+            found[prefix + key] = tensor
+    for key, child in module._modules.items():
+        if child is not None:
+            found |= saved(child, f"{prefix}{key}.")
+    return found

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from veneer.core import registry
+from veneer.core import lean, registry
 from veneer.core.adapter import Adapter
 from veneer.core.config import PeftConfig
 from veneer.core.errors import ShapeError
@@ -118,6 +120,29 @@ def tensors(
     return out
 
 
+class Write(NamedTuple):
+    """A tensor of a file, and the live one that takes its values."""
+
+    holder: nn.Module
+    key: str
+    live: Tensor
+    value: Tensor
+
+    def do(self) -> None:
+        """Copy into the live tensor; one on the meta device is replaced."""
+        value = parts_of(self.live, self.value)
+        if not self.live.is_meta:
+            self.live.copy_(value)
+            return
+        path, _, leaf = self.key.rpartition(".")
+        owner = self.holder.get_submodule(path)
+        if leaf in owner._parameters:
+            value = value.to(self.live.dtype) if self.live.is_floating_point() else value
+            owner._parameters[leaf] = nn.Parameter(value, requires_grad=self.live.requires_grad)
+        else:
+            owner._buffers[leaf] = value
+
+
 def put(
     tuner: Tuner, name: str, found: dict[str, Tensor], strict: bool = True, ignore_mismatched_sizes: bool = False
 ) -> LoadReport:
@@ -133,34 +158,36 @@ def put(
     Raises:
         ValueError: strict, and something is missing, unexpected or mis-shaped; the sentence says what and why.
     """
-    report, writes, left = LoadReport(), [], dict(found)
+    report, left = LoadReport(), dict(found)
+    writes: list[Write] = []
     longest_first = sorted(holders(tuner, name), key=lambda h: -len(h[0]))
     for prefix, holder, adapter in longest_first:
-        expected = dict(holder.state_dict())
+        expected = lean.saved(holder)
         if not expected:
             continue
         mine = {k[len(prefix) :]: left.pop(k) for k in _own_keys(prefix, left, expected, adapter)}
         mine = adapter.incoming(mine) if adapter is not None else mine
-        expected = dict(holder.state_dict())  # incoming may have taken the file's layout
+        expected = lean.saved(holder)  # incoming may have taken the file's layout
         report.missing_keys += [prefix + k for k in expected if k not in mine]
         report.unexpected_keys += [prefix + k for k in mine if k not in expected]
         for key, value in mine.items():
             if key in expected and expected[key].shape != value.shape:
                 report.mismatched_keys.append((prefix + key, tuple(value.shape), tuple(expected[key].shape)))
             elif key in expected:
-                writes.append((holder, key, value))
+                writes.append(Write(holder, key, expected[key], value))
     if name in tuner.prompts:
         _put_prompt(tuner.prompts[name], left, report, writes)
     report.unexpected_keys += list(left)
     _judge(report, name, strict, ignore_mismatched_sizes)
     _refuse_conflicts(writes, name)
-    for holder, key, value in writes:
-        _assign(holder, key, value)
+    with torch.no_grad():
+        for write in writes:
+            write.do()
     with tuner.disabled():  # the base's own weights are in place, from which a start's are derived
         for _, _, adapter in longest_first:
             if adapter is not None:
                 adapter.ready()
-    tuner.refresh()
+    tuner.refresh(name)
     report.loaded = len(writes)
     return report
 
@@ -176,24 +203,22 @@ def _own_keys(prefix: str, left: dict[str, Tensor], expected: dict[str, Tensor],
     ]
 
 
-def _refuse_conflicts(writes: list[tuple[nn.Module, str, Tensor]], name: str) -> None:
+def _refuse_conflicts(writes: list[Write], name: str) -> None:
     """Layers that share a tensor must find the same values in the file: the last one would win in silence."""
-    seen: dict[int, tuple[str, Tensor]] = {}
-    for holder, key, value in writes:
-        path, _, leaf = key.rpartition(".")
-        live = id(getattr(holder.get_submodule(path), leaf))
-        first, other = seen.setdefault(live, (key, value))
-        if other is not value and not torch.equal(other, value):
+    seen: dict[int, Write] = {}
+    for write in writes:
+        first = seen.setdefault(id(write.live), write)
+        if first is not write and not torch.equal(first.value, write.value):
             raise ValueError(
                 f"Adapter '{name}' shares one tensor between layers here, but the file has different values for it "
-                f"({first}); it was likely trained with other names in target_modules. Nothing was loaded."
+                f"({first.key}); it was likely trained with other names in target_modules. Nothing was loaded."
             )
 
 
-def _put_prompt(prompt: nn.Module, left: dict[str, Tensor], report: LoadReport, writes: list) -> None:
+def _put_prompt(prompt: nn.Module, left: dict[str, Tensor], report: LoadReport, writes: list[Write]) -> None:
     own = {k: left.pop(k) for k in list(left)}
     own = prompt.incoming(own) if hasattr(prompt, "incoming") else own
-    expected = dict(prompt.state_dict())  # incoming may have taken the file's layout
+    expected = lean.saved(prompt)  # incoming may have taken the file's layout
     report.missing_keys += [k for k in expected if k not in own]
     for key, value in own.items():
         if key not in expected:
@@ -201,7 +226,7 @@ def _put_prompt(prompt: nn.Module, left: dict[str, Tensor], report: LoadReport, 
         elif expected[key].shape != value.shape:
             report.mismatched_keys.append((key, tuple(value.shape), tuple(expected[key].shape)))
         else:
-            writes.append((prompt, key, value))
+            writes.append(Write(prompt, key, expected[key], value))
 
 
 def _judge(report: LoadReport, name: str, strict: bool, ignore_mismatched: bool) -> None:
@@ -213,23 +238,6 @@ def _judge(report: LoadReport, name: str, strict: bool, ignore_mismatched: bool)
         )
     if strict and not report.clean:
         raise ValueError(f"The tensors do not fit adapter '{name}'; nothing was loaded. {report.sentence()}")
-
-
-def _assign(holder: nn.Module, key: str, value: Tensor) -> None:
-    """Copy into the existing tensor; a tensor on the meta device is replaced."""
-    path, _, leaf = key.rpartition(".")
-    owner = holder.get_submodule(path)
-    current = getattr(owner, leaf)
-    value = parts_of(current, value)
-    with torch.no_grad():
-        if current.device.type != "meta":
-            current.copy_(value)
-            return
-    if leaf in owner._parameters:
-        value = value.to(current.dtype) if current.is_floating_point() else value
-        owner._parameters[leaf] = nn.Parameter(value, requires_grad=current.requires_grad)
-    else:
-        owner._buffers[leaf] = value
 
 
 def write(folder: str | Path, found: dict[str, Tensor], safe: bool = True) -> Path:
@@ -265,8 +273,7 @@ def read(folder: str | Path, device: str | torch.device = "cpu") -> dict[str, Te
     path = folder / SAFE_NAME
     if path.is_file():
         try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+            return _mapped(path) if str(device) == "cpu" else load_file(path, str(device))
         except Exception as error:
             raise ValueError(f"{path} is truncated or no safetensors file: {error}.") from error
     path = folder / BIN_NAME
@@ -278,6 +285,29 @@ def read(folder: str | Path, device: str | torch.device = "cpu") -> dict[str, Te
     raise FileNotFoundError(
         f"{folder} holds neither {SAFE_NAME} nor {BIN_NAME}, so there are no adapter weights to load."
     )
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+
+
+def _mapped(path: Path) -> dict[str, Tensor]:
+    """A file's tensors as views of its memory map: of many small ones, safetensors' own way takes four times as long.
+
+    Its own reader checks the file first; another dtype, or a tensor that does not lie straight, is left to it.
+    """
+    with safe_open(path, framework="pt") as file, open(path, "rb") as raw:
+        start = 8 + int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(start - 8))
+        header.pop("__metadata__", None)
+        data = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
+        found = {}
+        for key, entry in header.items():
+            dtype, at = DTYPES.get(entry["dtype"]), start + entry["data_offsets"][0]
+            if dtype is None or at % dtype.itemsize:
+                found[key] = file.get_tensor(key)
+            else:
+                found[key] = torch.empty(0, dtype=dtype).set_(data, at // dtype.itemsize, entry["shape"])  # type: ignore[call-overload]
+        return found
 
 
 def write_training_state(folder: str | Path, tuner: Tuner) -> None:

@@ -394,8 +394,10 @@ class Tuner(nn.Module):
             nested = depth.get(host.site.path, 0)
             depth[host.site.path] = nested + 1
             adapter = host.adapters[name]
-            parts = [host.site.path, *["base_layer"] * nested, adapter.site.below]
-            places.append((".".join(p for p in parts if p), adapter))
+            place = host.site.path
+            if nested or adapter.site.below:
+                place = ".".join(p for p in (place, *["base_layer"] * nested, adapter.site.below) if p)
+            places.append((place, adapter))
         yield from reversed(places)
 
     # ---- choosing ---------------------------------------------------------------------------------------------------
@@ -490,12 +492,15 @@ class Tuner(nn.Module):
                 )
             host.lend(host.adapters[wanted[0]].residual if wanted and self.state.enabled else None)
 
-    def refresh(self) -> None:
-        """Take note of tensors that took the place of others in adapters that were planted before."""
-        for host in self._all_hosts():
-            host.settle()
-        replaced = [h for h in self._all_hosts() if any(a.residual is not None for a in h.adapters.values())]
-        self._split_hosts = list(dict.fromkeys([*self._split_hosts, *replaced]))
+    def refresh(self, name: str | None = None) -> None:
+        """Take note of tensors that took the place of others in an adapter (default: in any) planted before."""
+        for host in self.hosts(name):
+            if host.twins is not None:
+                host.settle()
+            chosen = host.adapters.values() if name is None else (host.adapters[name],)
+            if any(adapter.residual is not None for adapter in chosen) and host not in self._split_hosts:
+                self._split_hosts.append(host)
+        self.state.renew()
         self._settle()
 
     def route(self, names: Sequence[str] | None) -> None:

@@ -179,7 +179,7 @@ def take_embeddings(tuner: Tuner, name: str, found: dict[str, Tensor]) -> dict[s
 
 def put_embeddings(tuner: Tuner, taken: dict[str, Tensor]) -> None:
     """Copy tables that ``take_embeddings`` found into the base model; tied layers follow, their storage is shared."""
-    for table in tables(tuner.model):
+    for table in tables(tuner.model) if taken else ():
         if table.path in taken:
             with torch.no_grad():
                 table.weight.copy_(parts_of(table.weight, taken[table.path]))

@@ -81,6 +81,7 @@ def refuse_late(model: nn.Module) -> None:
 
 
 def _parameters(tuner: Tuner, name: str) -> Iterable[nn.Parameter]:
-    modules: list[nn.Module] = [holder for _, holder, _ in checkpoint.holders(tuner, name)]
-    modules += [tuner.prompts[name]] if name in tuner.prompts else []
-    return {id(t): t for module in modules for t in lean.tensors(module) if isinstance(t, nn.Parameter)}.values()
+    modules: list[nn.Module] = [host.adapters[name].holder for host in tuner.hosts(name)]
+    modules += [table[name] for table in (tuner.shared, tuner.prompts) if name in table]
+    inside = (part for module in modules for part in lean.inside(module))
+    return {id(p): p for part in inside for p in part._parameters.values() if p is not None}.values()

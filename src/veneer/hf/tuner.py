@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from veneer.core import registry
+from veneer.core import lean, registry
 from veneer.core.config import PeftConfig
 from veneer.core.root import Root
 from veneer.core.sites import Site
@@ -378,10 +378,10 @@ def __getattr__(name: str) -> Any:
 def meta_to_layers(tuner: Tuner, name: str) -> None:
     """Give tensors that are still on the meta device real, empty storage where their layer is."""
     for host in tuner.hosts(name):
-        for module in host.adapters[name].modules():
+        for module in lean.inside(host.adapters[name]):
             for table in (module._parameters, module._buffers):
                 for key, value in table.items():
-                    if value is not None and value.device.type == "meta":
+                    if value is not None and value.is_meta:
                         empty = torch.empty_like(value, device=host.site.device)
                         table[key] = (
                             nn.Parameter(empty, value.requires_grad) if isinstance(value, nn.Parameter) else empty
