@@ -73,6 +73,7 @@ def test_switches(device, monkeypatch) -> None:
     assert all(kernel(name, x) is None for name in KERNELS)
     switch("pair")
     assert kernel("pair", x) is not None
+    assert kernels.report() == {f"pair {device} torch.float32": True}
     with pytest.raises(ValueError, match="no kernel 'nf5'; there are: dropout"):
         switch("nf5")
     path = kernels.__file__

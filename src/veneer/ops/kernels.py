@@ -82,6 +82,11 @@ def switch(name: str = "all", on: bool = True) -> None:
         del _found[key]
 
 
+def report() -> dict[str, bool]:
+    """Every kernel that was asked for until now, with device and dtype -> whether it runs."""
+    return {f"{name} {device} {dtype}": module is not None for (name, device, dtype), module in _found.items()}
+
+
 def _tried(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType | None:
     """The kernel's module if its check succeeds."""
     try:
