@@ -27,6 +27,11 @@ CASES: list[tuple[str, str, int, int, str]] = [
     ("small", "lora", 4, 256, ""),
     ("small", "lora", 4, 256, "--train.gradient_checkpointing true"),
     ("small", "oft", 4, 256, ""),
+    ("small", "lora", 2, 256, "--task dpo"),
+    ("small", "lora", 2, 256, "--task orpo"),
+    ("small", "lora", 2, 256, "--task reward"),
+    ("small", "lora", 4, 256, "--task kto"),
+    ("small", "lora", 8, 256, "--task sequence-classification"),
     ("real", "lora", 1, 128, ""),
     ("real", "lora", 4, 256, ""),
     ("real", "lora", 4, 256, "--train.gradient_checkpointing true"),
@@ -57,6 +62,21 @@ def make_model(folder: Path, shape: tuple[int, int, int, int]) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def make_data(folder: Path, settings: str) -> Path:
+    """Rows for the task that the settings name; each is longer than any case takes."""
+    text = " ".join(WORDS * 80)
+    rows: list[dict[str, Any]] = [{"text": f"{text} {i}"} for i in range(64)]
+    if "classification" in settings:
+        rows = [{**row, "label": WORDS[i % 2]} for i, row in enumerate(rows)]
+    elif "kto" in settings:
+        rows = [{"prompt": WORDS[i % 9], "completion": text, "label": i % 2 == 0} for i in range(64)]
+    elif "--task" in settings:
+        rows = [{"prompt": WORDS[i % 9], "chosen": text, "rejected": f"blue {text}"} for i in range(64)]
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
 def case(model: str, data: Path, out: Path, settings: str) -> tuple[dict[str, Any], int]:
     """(the plan's memory by part, the run's highest memory)."""
     settings += f" --model {model} --data {data} --out {out}"
@@ -78,9 +98,6 @@ def main() -> None:
     given = arguments(__doc__ or "", model="", only="")
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        data = folder / "rows.jsonl"
-        text = " ".join(WORDS * 80)
-        data.write_text("\n".join(json.dumps({"text": f"{text} {i}"}) for i in range(64)))
         folders = {"real": given.model}
         rows = []
         print(f"{'case':62}{'plan, MB':>10}{'run, MB':>10}{'plan / run':>12}")
@@ -92,7 +109,7 @@ def main() -> None:
                 folders[model] = str(folder / model)
                 make_model(folder / model, MODELS[model])
             settings = f"--adapter.method {method} --train.batch_size {batch} --data.max_length {length} {more}"
-            planned, used = case(folders[model], data, folder / f"out{len(rows)}", settings)
+            planned, used = case(folders[model], make_data(folder, more), folder / f"out{len(rows)}", settings)
             total = planned["total"]
             rows.append({"case": label, "plan": planned, "used": used, "ratio": total / used})
             print(f"{label:62}{total / 1e6:10.0f}{used / 1e6:10.0f}{total / used:12.2f}", flush=True)

@@ -13,15 +13,13 @@ import re
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from veneer.hf import heads
-from veneer.ops.linear_cross_entropy import LEAST
 from veneer.train import adapters, models, optimisers
 from veneer.train.memory import forward_and_backward
 from veneer.train.prepare import Prepared, Schedule, build, counts
@@ -213,27 +211,8 @@ def _memory(prepared: Prepared, model: Any, dtype: torch.dtype, device: torch.de
 
 def _activations(prepared: Prepared, model: Any) -> int:
     """Bytes at the highest of a step on the largest batch, beside weights, gradients and the optimiser's state."""
-    task, train = prepared.task, prepared.config.train
-    chunked = prepared.config.task == "sft" and train.chunked_loss and heads.whole(model) is None
-
-    def loss(model: Any) -> Tensor:
-        inputs = task.inputs(prepared, model)
-        if chunked:
-            return _chunked(heads.before_head(model, **inputs), model.get_output_embeddings().weight)
-        flat = task.output(model(**inputs)).float()
-        return F.cross_entropy(flat, torch.zeros(len(flat), dtype=torch.long))
-
-    _, peak = forward_and_backward(model.train(), loss)
+    _, peak = forward_and_backward(model.train(), partial(prepared.task.rehearsal, prepared))
     return max(0, peak - sum(p.nbytes for p in model.parameters() if p.requires_grad))
-
-
-def _chunked(hidden: Tensor, weight: Tensor) -> Tensor:
-    """A loss that makes what ``token_log_probs`` makes: one chunk's logits, and the gradient of ``hidden``."""
-    flat = hidden.flatten(0, -2)
-    with torch.no_grad():
-        part = flat[: max(LEAST, flat.numel() // len(weight))]
-        F.linear(part, weight).float().log_softmax(-1).to(weight.dtype) @ weight
-    return (flat * torch.zeros_like(flat)).sum()
 
 
 def _runtime(device: torch.device) -> int:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from veneer.hf import heads
 from veneer.train import distributed, preference_rows
 from veneer.train import preference_tokens as tokens
 from veneer.train import preference_trainers as trainers
@@ -16,7 +17,7 @@ from veneer.train.evaluate import pad_token
 from veneer.train.policy import as_now, bare, checkpointing, measured
 from veneer.train.preference_trainers import PairCollate, answer_logprobs
 from veneer.train.sft import Sft, fits
-from veneer.train.tasks import LOSS, Features, Material, Metric, asked, asked_of
+from veneer.train.tasks import LOSS, Features, Material, Metric, Task, asked, asked_of
 from veneer.train.trainer import Collate, Losses
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ DPO_LOSSES = (
     "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
     "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
 )  # fmt: skip
+VOCABULARY_PART = 32768
+"""TRL 1.16's."""
 RATE = 0.1
 """Comparisons are learnt at a tenth of the rate that answers are: beyond it the model drifts away from its language."""
 
@@ -36,6 +39,7 @@ class Preference(Sft):
     formats: tuple[str, ...] = ("preference",)
     losses_known: tuple[str, ...] = ("auto",)
     metrics: tuple[Metric, ...] = (LOSS, Metric("rewards/accuracies", True), Metric("rewards/margins", True))
+    rehearsal = Task.rehearsal
 
     def features(self, material: Material) -> Features:
         """Answers rendered and tokenised as SFT does it."""
@@ -136,7 +140,20 @@ class Preference(Sft):
         return [("reference", f"{what[prepared.config.preference.reference]}; asked once for every row")]
 
 
-class Dpo(Preference):
+class Referenced(Preference):
+    """Losses of log-probabilities beside the reference's, which TRL takes a part of the vocabulary at a time."""
+
+    def rehearsal(self, prepared: Prepared, model: Any) -> Tensor:
+        """A buffer of the logits of one part, and some six intermediate values of it."""
+        hidden = heads.before_head(model, **self.inputs(prepared, model)).flatten(0, -2)
+        width = min(VOCABULARY_PART, len(model.get_output_embeddings().weight))
+        with torch.no_grad():
+            made = [hidden.new_empty(len(hidden), n, dtype=torch.float32) for n in (VOCABULARY_PART, *[width] * 6)]
+        del made
+        return (hidden * torch.zeros_like(hidden)).sum()
+
+
+class Dpo(Referenced):
     """Direct preference optimisation (Rafailov et al. 2023), and the losses that TRL has beside it."""
 
     losses_known = DPO_LOSSES
@@ -149,7 +166,7 @@ class Dpo(Preference):
         return {**shared, "loss_type": [loss], "label_smoothing": own.label_smoothing}
 
 
-class Kto(Preference):
+class Kto(Referenced):
     """Answers that are good or bad by themselves (Ethayarajh et al. 2024)."""
 
     formats = ("kto",)

@@ -14,7 +14,7 @@ from veneer.train.evaluate import answer, end_tokens, pad_token
 from veneer.train.policy import Policy, Reference, as_now, bare, checkpointing, measured, trl
 from veneer.train.preference import notices
 from veneer.train.sft import Sft, fits
-from veneer.train.tasks import Features, Material, Metric, asked, asked_of, largest
+from veneer.train.tasks import Features, Material, Metric, Task, asked, asked_of, largest
 from veneer.train.trainer import Collate
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Grpo(Sft):
     metrics = (Metric("reward", True),)
     trl_name = "GRPO"
     losses_known: tuple[str, ...] = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+    rehearsal = Task.rehearsal
 
     def features(self, material: Material) -> Features:
         """Prompts with their columns; refuses a run without a reward."""

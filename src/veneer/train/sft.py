@@ -6,7 +6,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
+from veneer.hf import heads
+from veneer.ops.linear_cross_entropy import LEAST
 from veneer.train import data, models, packing
 from veneer.train.config import RunConfig
 from veneer.train.evaluate import answer, end_tokens, pad_token
@@ -57,6 +61,17 @@ class Sft(Task):
         if takes_kept_logits(model):
             inputs["logits_to_keep"] = _learnt_places(prepared, rows, length)
         return inputs
+
+    def rehearsal(self, prepared: Prepared, model: Any) -> Tensor:
+        """As ``token_log_probs`` works, where it does: one chunk's logits, and the gradient of what the head reads."""
+        if not prepared.config.train.chunked_loss or heads.whole(model) is not None:
+            return super().rehearsal(prepared, model)
+        weight = model.get_output_embeddings().weight
+        flat = heads.before_head(model, **self.inputs(prepared, model)).flatten(0, -2)
+        with torch.no_grad():
+            part = flat[: max(LEAST, flat.numel() // len(weight))]
+            F.linear(part, weight).float().log_softmax(-1).to(weight.dtype) @ weight
+        return (flat * torch.zeros_like(flat)).sum()
 
     # ---- before and after -------------------------------------------------------------------------------------------
     def questions(self, prepared: Prepared) -> list[tuple[str, str]]:
