@@ -55,7 +55,7 @@ class Adapter(nn.Module):
     dense: ClassVar[bool] = False
     """Its change is a matrix of the weight's size, so the layer runs once, with the sum of both (``summed``) for its
     weight, where it is a plain one. Where nothing needs gradients, that sum is kept."""
-    switches: ClassVar[bool] = False
+    switches: ClassVar[bool] = True
     """A compiled graph may run it at strength zero where it is off, so that switching it compiles nothing anew."""
     beside: Any = None
     wants: ClassVar[frozenset[str]] = frozenset()

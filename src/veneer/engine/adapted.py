@@ -16,8 +16,8 @@ from veneer.core.adapter import Adapter, Base, Reweight, Weight
 from veneer.core.cache import cached
 from veneer.core.sites import Parameters, Site
 from veneer.engine import experts_path
-from veneer.engine.compiled import switched, twins
-from veneer.engine.folding import calling, known, stand_around
+from veneer.engine.compiled import switchable, switched, twins
+from veneer.engine.folding import calling, fold, known, stand_around
 from veneer.engine.lowrank_path import LowRankPath, path
 from veneer.engine.packed_merge import DEQUANTIZE, REQUANTIZE, Loss, Way
 from veneer.engine.state import BASE as BASE
@@ -52,7 +52,8 @@ class Adapted(nn.Module):
         self._modules.update(base_layer=base_layer, adapters=lean.module_dict())
         number = state.enter(_device(base_layer))
         # Past torch's own way to set attributes, which takes longer than all the rest.
-        self.__dict__.update(site=site, state=state, number=number, gains={}, training=base_layer.training)
+        training = base_layer.training
+        self.__dict__.update(site=site, state=state, number=number, gains={}, merged_names=(), training=training)
 
     # Torch finds modules only after every other kind of attribute was missed.
     @property
@@ -88,9 +89,9 @@ class Adapted(nn.Module):
 
     def _traced(self, args: tuple, kwargs: dict[str, Any]) -> Any:
         """The forward of a compiled graph."""
-        if self._twinned():
-            x, rest = self._first(args, kwargs)
-            return switched(self, x, self._layer(rest, kwargs), not rest and not kwargs)
+        if self._twinned() and switchable(self, alone=len(args) == 1 and not kwargs):
+            x, args = self._first(args, kwargs)
+            return switched(self, x, args, kwargs)
         if not self.state.enabled:
             return self._modules["base_layer"](*args, **kwargs)
         if self._decided != self.state.version:
@@ -120,10 +121,12 @@ class Adapted(nn.Module):
             self.__dict__["twins"] = twins(self)
 
     def _twinned(self) -> bool:
-        """Make the adapters' twins, while a graph is traced; whether there are any."""
+        """Make the adapters' twins, while a graph is traced, where it can be one for all choices; whether it can."""
         self.state.trace()
-        self.__dict__["twins"] = twins(self)
-        return self.twins is not None
+        inner = list(hosts(self))
+        for host in inner:
+            host.__dict__["twins"] = twins(host)
+        return all(host.twins is not None for host in inner)
 
     # Run while tracing, and not traced: ``torch.compiler.assume_constant_result``, which would import the compiler.
     _twinned._dynamo_marked_constant = True  # type: ignore[attr-defined]
@@ -239,19 +242,8 @@ class Adapted(nn.Module):
 
     def _fold(self, inside: Iterable[tuple[str, Adapter]], weight: Tensor | None = None) -> Weight:
         """``merged`` of each adapter over (W, b), in the adapters' dtype (at least float32); W: the layer's own."""
-        weight, bias = self.site.weight if weight is None else weight, self._inner_bias()
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
-        for name, adapter in inside:
-            new_weight, new_bias = adapter.merged(weight, bias)
-            gain = self._gain(name)
-            if gain is not None:
-                new_weight = weight + gain * (new_weight - weight)
-                if new_bias is not None:
-                    old = torch.zeros_like(new_bias) if bias is None else bias
-                    new_bias = old + gain * (new_bias - old)
-            weight, bias = new_weight, new_bias
-        return weight, bias
+        pairs = [(adapter, self._gain(name)) for name, adapter in inside]
+        return fold(pairs, self.site.weight if weight is None else weight, self._inner_bias())
 
     def _inner_bias(self) -> Tensor | None:
         """The layer's bias, or the one that an active adapter of an inner wrapper puts in its place."""

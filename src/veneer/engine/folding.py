@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, Additive, Base
+from veneer.core.adapter import Adapter, Additive, Base, Weight
 
 
 def stand_around(adapter: Adapter, layer: Base, gain: float | Tensor | None) -> Base:
@@ -35,3 +37,18 @@ def calling(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Base:
 def known(f: Base, x: Tensor, y: Tensor) -> Base:
     """``f``, remembering that ``f(x) = y``: an adapter that leaves its input alone costs no second call."""
     return lambda h: y if h is x else f(h)
+
+
+def fold(adapters: Iterable[tuple[Adapter, float | Tensor | None]], weight: Tensor, bias: Tensor | None) -> Weight:
+    """``merged`` of each adapter over (W, b), its change times its gain, in the adapters' dtype (at least float32)."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    weight, bias = weight.to(wide), None if bias is None else bias.to(wide)
+    for adapter, gain in adapters:
+        new_weight, new_bias = adapter.merged(weight, bias)
+        if gain is not None:
+            new_weight = weight + gain * (new_weight - weight)
+            if new_bias is not None:
+                old = torch.zeros_like(new_bias) if bias is None else bias
+                new_bias = old + gain * (new_bias - old)
+        weight, bias = new_weight, new_bias
+    return weight, bias

@@ -40,7 +40,9 @@ class State:
     felt: dict[str, Any] = field(default_factory=dict)
     """The gains that are no numbers."""
     strengths: dict[str, Tensor] = field(default_factory=dict)
-    """device -> (wrappers, adapters in ``order``): how much of each adapter there is at each wrapper now."""
+    """device -> (wrappers, adapters in ``order``): how much of each adapter there is at each wrapper where it is on."""
+    on: dict[str, Tensor] = field(default_factory=dict)
+    """device -> (adapters in ``order``,): 1 where one is on now, or may be for some rows; else 0."""
     owners: dict[str, Tensor] = field(default_factory=dict)
     """device -> (rows of ``route``, adapters in ``order``): 1 where a row is the adapter's own; else it is empty."""
     _wrappers: int = 0
@@ -51,6 +53,7 @@ class State:
 
     def __post_init__(self) -> None:
         self.strengths = self.strengths or {"cpu": torch.zeros(0, 0)}
+        self.on = self.on or dict.fromkeys(self.strengths, torch.zeros(0))
         self._sent = True
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -87,7 +90,8 @@ class State:
     def reach(self, device: torch.device) -> None:
         """Have what compiled graphs read at hand where a wrapper computes."""
         if str(device) not in self.strengths and device.type != "meta":
-            self.strengths[str(device)] = self.strengths["cpu"].to(device)
+            for tables in (self.strengths, self.on):
+                tables[str(device)] = tables["cpu"].to(device)
         self.version += 1
 
     def name(self, *names: str, ordered: Iterable[str] = ()) -> None:
@@ -102,7 +106,7 @@ class State:
         self._local[wrapper, name] = gain
         self.version += 1
         if self.compiled and name in self.order:
-            place, value = (wrapper, self.order.index(name)), gain * self._everywhere(name)
+            place, value = (wrapper, self.order.index(name)), gain * self._number(name)
             for device, before in self.strengths.items():
                 self.strengths[device] = before.clone()
                 self.strengths[device][place] = value
@@ -117,21 +121,25 @@ class State:
             self.order = tuple(order)
         self.felt = {name: gain for name, gain in self.gains.items() if not isinstance(gain, float | int)}
         with torch.inference_mode(False):
-            strength = torch.tensor([self._everywhere(name) for name in order]).repeat(self._wrappers, 1)
+            strength = torch.tensor([self._number(name) for name in order]).repeat(self._wrappers, 1)
             local = [(w, order.index(name), gain) for (w, name), gain in self._local.items() if name in order]
             if local:
                 wrappers, columns, gains = zip(*local, strict=True)
                 strength[wrappers, columns] *= torch.tensor(gains)
+            on = torch.tensor([float(self._is_on(name)) for name in order])
             self.strengths = {device: strength.to(device) for device in self.strengths}
+            self.on = {device: on.to(device) for device in self.strengths}
             self.owners = {}
             if self.route is not None:
                 own = torch.tensor([[float(owner == name) for name in order] for owner in self.route])
                 self.owners = {device: own.to(device) for device in self.strengths}
 
-    def _everywhere(self, name: str) -> float:
-        on = self.enabled and (self.route is not None or name in self.active)
+    def _is_on(self, name: str) -> bool:
+        return self.enabled and (self.route is not None or name in self.active)
+
+    def _number(self, name: str) -> float:
         gain = self.gains.get(name, 1.0)
-        return float(on) * (gain if isinstance(gain, float | int) else 1.0)
+        return float(gain) if isinstance(gain, float | int) else 1.0
 
     # ---- rows -------------------------------------------------------------------------------------------------------
     def rows(self, batch: int, device: torch.device) -> dict[str, Tensor]:
@@ -221,5 +229,6 @@ class State:
         twin = State(self.active, self.enabled, dict(self.gains), self.route, self.version, self.order, self.ordered)
         twin._wrappers, twin._local = self._wrappers, dict(self._local)
         twin.strengths = dict.fromkeys(self.strengths, torch.zeros(0, 0))
+        twin.on = dict.fromkeys(self.on, torch.zeros(0))
         memo[id(self)] = twin
         return twin

@@ -54,7 +54,7 @@ def _kaiming(weight: Tensor) -> None:
 class Lora(Additive):
     """``y = base(x) + s B A drop(x)`` on linear and convolutional layers, through the layer kind's own factors."""
 
-    stacks, switches = True, True
+    stacks = True
     variants: ClassVar[dict[str, type[Lora]]] = VARIANTS
     """Config field -> the class that serves it; a variant announces itself with ``Lora.variant``."""
 
