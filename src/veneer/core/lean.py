@@ -69,6 +69,16 @@ def tensors(module: nn.Module) -> Iterator[Tensor]:
             yield from (tensor for tensor in table.values() if tensor is not None)
 
 
+def empty(module: nn.Module, dtype: torch.dtype) -> None:
+    """``module.to("meta", dtype)``, for plain parameters."""
+    for each in inside(module):
+        for name, tensor in each._parameters.items():
+            if tensor is not None:
+                kind = dtype if tensor.is_floating_point() else tensor.dtype
+                new = torch.empty_like(tensor, dtype=kind, device="meta")
+                each._parameters[name] = nn.Parameter(new, tensor.requires_grad)
+
+
 _PLAIN = ("state_dict", "_save_to_state_dict", "get_extra_state")
 
 

@@ -98,8 +98,12 @@ def placed(module: nn.Module, at: _Place, device: torch.device | str | None, aut
     """Move a fresh module to its layer's device and its dtype: float32, or wider, or the base's where asked for."""
     dtype = torch.promote_types(at.dtype, torch.float32) if autocast else at.dtype
     target = torch.device(device) if device is not None else at.device
-    if all(t.device == target and (t.dtype is dtype or not t.is_floating_point()) for t in lean.tensors(module)):
+    tensors = list(lean.tensors(module))
+    if all(t.device == target and (t.dtype is dtype or not t.is_floating_point()) for t in tensors):
         return module
     if target.type == "meta" and device is None:
         return module.to(dtype=dtype)
+    if target.type == "meta" and all(type(t) is nn.Parameter for t in tensors):
+        lean.empty(module, dtype)
+        return module
     return module.to(device=target, dtype=dtype)

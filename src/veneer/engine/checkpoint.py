@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -135,7 +135,9 @@ class Write(NamedTuple):
             self.live.copy_(value)
             return
         path, _, leaf = self.key.rpartition(".")
-        owner = self.holder.get_submodule(path)
+        owner: Any = self.holder
+        for part in path.split(".") if path else ():
+            owner = owner._modules[part]
         if leaf in owner._parameters:
             value = value.to(self.live.dtype) if self.live.is_floating_point() else value
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=self.live.requires_grad)
