@@ -34,7 +34,7 @@ KERNELS = {
 DEVICES = {"cuda"}
 """Types of devices that have kernels. Triton's interpreter serves "cpu" too, slowly: for tests."""
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """dtype -> how far a kernel may be from its twin, over the twin's largest value. Other dtypes have no kernels."""
 
 _off: set[str] = set()
@@ -99,7 +99,9 @@ def _tried(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType | 
     try:
         with _undisturbed(device):
             far = module.check(device, dtype)
-        wrong = [what for what, distance in far.items() if not distance <= TOLERANCE[dtype]]  # NaN is wrong too
+        exact = torch.get_float32_matmul_precision() == "highest"
+        allowed = TOLERANCE[dtype] if exact else max(TOLERANCE[dtype], TOLERANCE[torch.float16])
+        wrong = [what for what, distance in far.items() if not distance <= allowed]  # NaN is wrong too
         if not wrong:
             return module
         why = f"its {wrong[0]} is {far[wrong[0]]:.2g} of the largest value away from the eager twin's"
