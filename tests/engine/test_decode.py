@@ -87,9 +87,9 @@ def test_a_mixed_batch_sees_new_values_names_and_strengths() -> None:
             tuner.set_active(name)
             each[name] = tuner(X)
         tuner.route(names)
-        for _ in range(2):
+        for times in range(3):  # with all factors and a mask, again, and from then on each row with its own
             y = tuner(X)
-            assert host._path is not None and host._path.stack is not None
+            assert host._path is not None and (host._path.own is not None) == (times > 0)
             assert all(torch.allclose(y[i], each[name][i], atol=1e-6) for i, name in enumerate(names))
 
     check("a", "b", "b", "a")
@@ -107,3 +107,24 @@ def test_a_mixed_batch_sees_new_values_names_and_strengths() -> None:
     tuner.delete("a")
     tuner.add("a", config)
     check("a", "b", "b", "a")
+
+
+@torch.no_grad()
+def test_rows_of_other_ranks_beams_and_rows_of_none_have_factors_of_their_own() -> None:
+    tuner = Tuner(Net())
+    for rank, name in enumerate("abc", 1):
+        tuner.add(name, LoraConfig(r=rank, lora_alpha=3, target_modules=["layer"], init_lora_weights=False))
+    tuner.eval()
+    alone = {"__base__": Net()(X)}
+    for name in "abc":
+        tuner.set_active(name)
+        alone[name] = tuner(X)
+    for route, times in ((["c", "__base__", "a", "b"], 1), (["c", "a"], 2)):
+        tuner.route(route)
+        names = [name for name in route for _ in range(times)]
+        for x in (X, X[:, 0], X[:, None]):
+            for _ in range(3):
+                y = tuner(x)
+            assert tuner.hosts()[0]._path.own.batch == 4
+            for i, name in enumerate(names):
+                assert torch.allclose(y[i].reshape(-1, 8), alone[name][i, : x[i].numel() // 8], atol=1e-6)

@@ -1,7 +1,8 @@
 """The short way through a linear layer whose active adapters are all low-rank: one call, decided in advance.
 
-Without gradients it is as little as the arithmetic needs, for a decoded token has hardly more: three products, and in a
-mixed batch the stacked factors of all its adapters are kept from call to call.
+Without gradients it is as little as the arithmetic needs, for a decoded token has hardly more: three products. In a
+mixed batch the stacked factors of all its adapters are kept from call to call, and where the same rows come again, and
+there are not many more of them than adapters, each row's own factors: it is then multiplied with nothing else.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from veneer.engine.adapted import Adapted
 
 _HALF = (torch.float16, torch.bfloat16)
+FEW = 2
+"""So many rows for each adapter of a mixed batch may have copies of its factors."""
 
 
 class Stack(NamedTuple):
@@ -37,8 +40,19 @@ class Stack(NamedTuple):
     """(adapter, rank, scaling) of each."""
 
 
+class Own(NamedTuple):
+    """The factors of each row's adapter in a mixed batch; zero where a row has none, or a lower rank."""
+
+    batch: int
+    seen: Seen
+    down: Tensor
+    """(batch, in, rank)."""
+    up: Tensor
+    """(batch, rank, out), scaled."""
+
+
 class Slots(NamedTuple):
-    """Where adapters keep their factors, (table, name) each: read anew in each call, without asking the adapters."""
+    """Where several adapters keep their factors, (table, name) each: read anew in each call, without asking them."""
 
     a: list[tuple[dict, str]]
     b: list[tuple[dict, str]]
@@ -71,6 +85,7 @@ class LowRankPath:
         kept = before.stack if before is not None and same else None
         self.stack: Stack | None = kept if kept is not None and kept.seen.still() else None
         self.slots: Slots | None = None
+        self.own: Own | None = None
 
     def __call__(self, x: Tensor) -> Tensor | None:
         layer = self.layer
@@ -81,17 +96,18 @@ class LowRankPath:
             return None
         if torch.is_grad_enabled():
             return None if weight.requires_grad else self.trained(x, weight, bias)
-        slots, stack = self.slots, self.stack
-        if slots is not None and self.alone is not None:
-            (a, name), (b, other) = slots.a[0], slots.b[0]
-            return _inferred(x, weight, bias, a[name].t(), b[other].t(), None, self.alone.scaling)
+        own, slots = self.own, self.slots
+        if own is not None and own.batch == x.shape[0] and own.seen.unwritten():
+            return _by_row(x, weight, bias, own.down, own.up)
+        if self.alone is not None:
+            low = _branch(self.alone, x)
+            if low is None or low.dropout:
+                return None if low is None else fused_linear(x, weight, bias, low)
+            return _inferred(x, weight, bias, low.a.t(), low.b.t(), None, low.scaling, low.gain)
         if slots is not None:
             down, up = torch.cat([t[n] for t, n in slots.a]).t(), torch.cat([t[n] for t, n in slots.b], 1).t()
             return _inferred(x, weight, bias, down, up, self._mask(x, slots.parts))
-        if stack is not None and stack.seen.unwritten():
-            y = own_rows(self.state, x, weight, bias, stack.down.t(), stack.up.t(), stack.parts)
-            return _inferred(x, weight, bias, stack.down, stack.up, self._mask(x, stack.parts)) if y is None else y
-        return self._asked(x, weight, bias)
+        return self._several(x, weight, bias)
 
     def trained(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         """With gradients."""
@@ -102,35 +118,43 @@ class LowRankPath:
         y = own_rows(self.state, x, weight, bias, low.a, low.b, parts)
         return fused_linear(x, weight, bias, low, self._mask(x, parts)) if y is None else y
 
-    def _asked(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Without gradients, by what the adapters say now."""
-        lows, self.mask = self._lows(x), None
-        if lows is None:
-            return None
-        low, parts = lows[0], self._parts(lows)
-        if low.dropout:
-            return fused_linear(x, weight, bias, low)
-        if self.route is None and low.gain is None and not any(adapter.training for adapter in self.adapters):
-            self.slots = _slots(self.adapters, lows, parts)
-        if self.alone is not None:
-            return _inferred(x, weight, bias, low.a.t(), low.b.t(), None, low.scaling, low.gain)
-        down, up = torch.cat([low.a for low in lows]).t(), torch.cat([low.b for low in lows], 1).t()
-        if self.route is not None:
+    def _several(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Several adapters without gradients, while what the next calls need not find out again is found out."""
+        stack = self.stack
+        if stack is None or not stack.seen.unwritten():
+            lows, self.mask = self._lows(x), None
+            if lows is None:
+                return None
+            parts = self._parts(lows)
+            down, up = torch.cat([low.a for low in lows]).t(), torch.cat([low.b for low in lows], 1).t()
+            if self.route is None:
+                self.slots = None if any(a.training for a in self.adapters) else _slots(self.adapters, lows, parts)
+                return _inferred(x, weight, bias, down, up, self._mask(x, parts))
             shared = [adapter.shared for adapter in self.adapters if adapter.shared is not None]
-            self.stack = Stack(Seen(*self.adapters, *shared), down.to(x.dtype), up.to(x.dtype).contiguous(), parts)
-        return _inferred(x, weight, bias, down, up, self._mask(x, parts))
+            stack = Stack(Seen(*self.adapters, *shared), down.to(x.dtype), up.to(x.dtype).contiguous(), parts)
+            self.stack = stack
+        y = own_rows(self.state, x, weight, bias, stack.down.t(), stack.up.t(), stack.parts)
+        if y is not None:
+            return y
+        if self.mask is not None and self.mask[0] == x.shape and len(x) <= FEW * len(stack.parts):
+            self.own = self._own(stack, x)
+        return _inferred(x, weight, bias, stack.down, stack.up, self._mask(x, stack.parts))
+
+    def _own(self, stack: Stack, x: Tensor) -> Own:
+        rank, start = max(rank for _, rank, _ in stack.parts), 0
+        down, up = (x.new_zeros(len(x), rank, n) for n in (stack.down.shape[0], stack.up.shape[1]))
+        for name, r, scaling in stack.parts:
+            rows, part = self.state.rows(len(x), x.device)[name], slice(start, start + r)
+            down[rows, :r], up[rows, :r] = stack.down[:, part].t(), scaling * stack.up[part]
+            start += r
+        return Own(len(x), stack.seen, down.mT, up)
 
     def _lows(self, x: Tensor) -> list[LowRank] | None:
         """The adapters' branches, if they can be joined."""
-        lows: list[LowRank] = []
-        for adapter in self.adapters:
-            low = adapter.low_rank()
-            if low is None or low.bias is not None or (low.a.dtype is not x.dtype and x.dtype not in _HALF):
-                return None
-            if (low.dropout or low.gain is not None) and self.alone is None:
-                return None  # what only one branch can have
-            lows.append(low)
-        return lows
+        lows = [_branch(adapter, x) for adapter in self.adapters]
+        if self.alone is None and not all(low is not None and not low.dropout and low.gain is None for low in lows):
+            return None  # what only one branch can have
+        return None if None in lows else lows  # type: ignore[return-value]
 
     def _parts(self, lows: list[LowRank]) -> tuple[tuple[str, int, float], ...]:
         return tuple([(name, low.a.shape[0], low.scaling) for name, low in zip(self.names, lows)])
@@ -143,6 +167,13 @@ class LowRankPath:
             inner = 1 if self.route is None else x.numel() // (batch * shape[-1])
             self.mask = shape, self.state.mask(batch, parts, x.device, x.dtype, inner)
         return self.mask[1]
+
+
+def _branch(adapter: Additive, x: Tensor) -> LowRank | None:
+    """The adapter's branch, where it fits an input like x."""
+    low = adapter.low_rank()
+    fits = low is not None and low.bias is None and (low.a.dtype is x.dtype or x.dtype in _HALF)
+    return low if fits else None
 
 
 def _slots(adapters: list[Additive], lows: list[LowRank], parts: tuple[tuple[str, int, float], ...]) -> Slots | None:
@@ -183,7 +214,16 @@ def _inferred(
         y.mul_(gain)
         if bias is not None:
             y.addcmul_(bias, 1 - gain)
-    return y if len(shape) == 2 else y.view(shape[:-1] + (-1,))
+    return y if len(shape) == 2 else y.view(*shape[:-1], -1)
+
+
+def _by_row(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor) -> Tensor:
+    """The layer with a branch of its own for each row; down and up as in ``Own``."""
+    y = F.linear(x, weight, bias)
+    if x.dim() == 3:
+        return y.baddbmm_(x.bmm(down), up)
+    y.view(len(x), -1, y.shape[-1]).baddbmm_(x.reshape(len(x), -1, x.shape[-1]).bmm(down), up)
+    return y
 
 
 PLAIN = (nn.Parameter, FakeTensor)
