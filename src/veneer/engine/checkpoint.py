@@ -139,7 +139,8 @@ class Write(NamedTuple):
         for part in path.split(".") if path else ():
             owner = owner._modules[part]
         if leaf in owner._parameters:
-            value = value.to(self.live.dtype) if self.live.is_floating_point() else value
+            if value.dtype is not self.live.dtype and self.live.is_floating_point():
+                value = value.to(self.live.dtype)
             owner._parameters[leaf] = nn.Parameter(value, requires_grad=self.live.requires_grad)
         else:
             owner._buffers[leaf] = value

@@ -338,6 +338,7 @@ class PeftModel(shown.Shows):
             card.write_card(folder, written, self)
 
     @classmethod
+    @lean.unswept()
     def from_pretrained(
         cls,
         model: nn.Module,
@@ -399,6 +400,7 @@ class PeftModel(shown.Shows):
             whole.eval()
         return whole
 
+    @lean.unswept()
     def load_adapter(
         self,
         model_id: str | Path,
