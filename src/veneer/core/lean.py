@@ -88,10 +88,10 @@ def saved(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     hooked = module._state_dict_hooks or module._state_dict_pre_hooks
     if hooked or any(getattr(kind, way) is not getattr(nn.Module, way) for way in _PLAIN):
         return module.state_dict(prefix=prefix, keep_vars=True)
-    found = {prefix + key: tensor for key, tensor in module._parameters.items() if tensor is not None}
-    for key, tensor in module._buffers.items():
-        if tensor is not None and key not in module._non_persistent_buffers_set:
-            found[prefix + key] = tensor
+    found: dict[str, Tensor] = {prefix + key: own for key, own in module._parameters.items() if own is not None}
+    for key, buffer in module._buffers.items():
+        if buffer is not None and key not in module._non_persistent_buffers_set:
+            found[prefix + key] = buffer
     for key, child in module._modules.items():
         if child is not None:
             found |= saved(child, f"{prefix}{key}.")

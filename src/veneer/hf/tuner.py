@@ -379,7 +379,8 @@ def meta_to_layers(tuner: Tuner, name: str) -> None:
     """Give tensors that are still on the meta device real, empty storage where their layer is."""
     for host in tuner.hosts(name):
         for module in lean.inside(host.adapters[name]):
-            for table in (module._parameters, module._buffers):
+            tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for table in tables:
                 for key, value in table.items():
                     if value is not None and value.is_meta:
                         empty = torch.empty_like(value, device=host.site.device)
