@@ -114,7 +114,7 @@ class Share(NamedTuple):
         return self.gains * (self.on if self.on.dim() == 0 else self.on.reshape(-1, *[1] * (dims - 1)))
 
 
-def switched(host: Adapted, x: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def switched(host: Adapted, x: Any, args: tuple, kwargs: dict[str, Any], given: dict[str, Tensor] | None = None) -> Any:
     """The layer with all its adapters around it, each as strong as the switchboard's tensors say.
 
     Args:
@@ -122,11 +122,12 @@ def switched(host: Adapted, x: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         x: the layer's input.
         args: what else the layer is called with.
         kwargs: the same, by name.
+        given: what an outer wrapper puts in place of the layer's own tensors.
 
     Raises:
         ValueError: a mixed batch that is no multiple of the names it was given.
     """
-    site, base = host.site, calling(host.base_layer, args, kwargs)
+    site, base = host.site, _holding(host, given or {}, args, kwargs)
     shares = _shares(host, x.device, x.shape[site.batch_dim])
     own = {name: host.twins[name] for name in shares}  # type: ignore[index]
     if own and not args and not kwargs and type(host.base_layer) is nn.Linear:
@@ -136,7 +137,7 @@ def switched(host: Adapted, x: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     layer, dims = base, x.dim() + (site.kind == "embedding")
     inside = [name for name, adapter in own.items() if isinstance(adapter, Reweight) or not site.maps_input]
     for names in [[name] for name in inside] if host.state.owners else [inside] if inside else []:
-        layer = _reweighted(host, {name: shares[name] for name in names}, layer, args, kwargs)
+        layer = _reweighted(host, {name: shares[name] for name in names}, layer, given or {}, args, kwargs)
     affine, stands = site.kind in AFFINE and not getattr(host.base_layer, "is_adapted", False), bool(inside)
     for name in [name for name in own if name not in inside]:
         adapter, share = own[name], shares[name]
@@ -153,11 +154,17 @@ def switched(host: Adapted, x: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     return layer(x)
 
 
-def _shares(host: Adapted, device: torch.device, batch: int) -> dict[str, Share]:
-    """name -> how much of it there is, for the adapters that are not merged, in the order they are laid around."""
+def _shares(host: Adapted, device: torch.device, batch: int | None = None) -> dict[str, Share]:
+    """name -> how much of it there is, for the adapters that are not merged, in the order they are laid around.
+
+    Args:
+        host: the wrapper, which has twins.
+        device: where that is needed.
+        batch: how many rows there are, to tell them apart in a mixed batch.
+    """
     state = host.state
     on, gains = _of(state.on, device), _of(state.strengths, device)[host.number]
-    if state.owners:
+    if state.owners and batch is not None:
         owners = _of(state.owners, device)
         on = on * owners.repeat_interleave(state.times(batch, owners.shape[0]), 0)
     shares = {}
@@ -190,7 +197,19 @@ def _side_by_side(x: Tensor, layer: Base, lows: list[LowRank], shares: list[Shar
     return layer(x) + F.linear(F.linear(x, a) * by_rank, b)
 
 
-def _reweighted(host: Adapted, shares: dict[str, Share], layer: Base, args: tuple, kwargs: dict[str, Any]) -> Base:
+def _holding(host: Adapted, given: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]) -> Base:
+    """What is inside the wrapper, with ``given`` in place of the base layer's own tensors."""
+    inner = host.base_layer
+    if not given:
+        return calling(inner, args, kwargs)
+    if getattr(inner, "is_adapted", False) and inner.site.kind == "parameter":
+        return lambda h: switched(inner, h, args, kwargs, given)
+    return host._overridden(given, args, kwargs)
+
+
+def _reweighted(
+    host: Adapted, shares: dict[str, Share], layer: Base, given: dict[str, Tensor], args: tuple, kwargs: dict[str, Any]
+) -> Base:
     """The layer with its weight changed; in a mixed batch, whose rows' weights differ, with one adapter's at a time."""
     site, rows, own = host.site, bool(host.state.owners), host.twins
     pairs = [(own[n], s.gains if rows else s.of(0)) for n, s in shares.items()]  # type: ignore[index]
@@ -199,7 +218,7 @@ def _reweighted(host: Adapted, shares: dict[str, Share], layer: Base, args: tupl
     if site.maps_input:
         new: Base = lambda h: site(h, weight, bias, *args, **kwargs)  # noqa: E731
     else:
-        new = host._overridden(site.replaced(weight, bias), args, kwargs)
+        new = _holding(host, given | site.replaced(weight, bias), args, kwargs)
     return _either(next(iter(shares.values())).on, layer, new, site.batch_dim) if rows else new
 
 
@@ -207,7 +226,7 @@ def _inner_bias(host: Adapted, names: Iterable[str]) -> Tensor | None:
     """The layer's bias, or the one that an inner wrapper's adapter puts in its place."""
     bias, rows, inner = host.site.bias, bool(host.state.owners), host.base_layer
     while getattr(inner, "is_adapted", False):
-        for name, share in _shares(inner, inner.site.device, len(host.state.route or ())).items():
+        for name, share in _shares(inner, inner.site.device).items():
             new = (inner.twins[name].overrides() or {}).get("bias")
             if new is not None and (not rows or name in names):
                 bias = new if rows else torch.where(share.on > 0, new, bias)
