@@ -3,8 +3,9 @@
     W' = W + s Re(ifft2(F))        F (out, in) zero but for n trained entries at random places
 
 The places are drawn from ``random_loc_seed``, so equal for all layers of one shape, and are in no file. The default
-start is N(0, 1), which is not the base model; ``init_weights=True`` starts at zero. Cost: O(in out log(in out)) a step
-for the transform and 2 N in out FLOPs to apply it to N tokens; in eval the change is built once.
+start is N(0, 1), which is not the base model; ``init_weights=True`` starts at zero. Cost of a training step over the
+frozen layer's 4 N in out FLOPs for N tokens: O((in out + N (in + out)) log) for the transforms of the change and of
+both sides of its gradient, and 4 N n for the entries; in eval the sum is built once and kept.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Additive
-from veneer.core.cache import cached
 from veneer.core.config import LayerConfig, newer
 from veneer.core.registry import method
 from veneer.core.sites import Site
+from veneer.methods.entries import Entries
 from veneer.methods.sides import columns
+from veneer.ops.spectra import at_frequencies, real_part
 
 
 @dataclass
@@ -76,10 +77,8 @@ def places(rows: int, width: int, n: int, seed: int, path: str) -> Tensor:
     return torch.stack([flat // width, flat % width])
 
 
-class Spectral(Additive):
+class Spectral(Entries):
     """A change given by n trained entries of a transform, at places that a seed decides."""
-
-    dense = True
 
     spectrum: ClassVar[str]
 
@@ -93,18 +92,12 @@ class Spectral(Additive):
         return places(self.site.out_features, columns(self.site), self.n, self.seed, self.site.path)
 
     def ready(self) -> None:
-        trained = getattr(self, self.spectrum)
+        trained = self.values()
         if self.places.is_meta and not trained.is_meta:
             self.places = self.draw().int().to(trained.device)
 
-    def entries(self) -> Tensor:
-        """The trained entries in their places, (out, in prod(kernel))."""
-        values = getattr(self, self.spectrum)
-        empty = values.new_zeros(self.site.out_features, columns(self.site))
-        return empty.index_put(tuple(self.places.long()), values)
-
-    def delta(self, x: Tensor) -> Tensor:
-        return self.site(x, cached(self, "delta", self.delta_weight))
+    def values(self) -> Tensor:
+        return getattr(self, self.spectrum)
 
 
 @method("FOURIERFT", FourierFTConfig)
@@ -119,8 +112,10 @@ class FourierFT(Spectral):
         start = torch.zeros(n) if config.init_weights else torch.randn(n)
         super().__init__(site, n, config.scaling, config.random_loc_seed, start)
 
-    def delta_weight(self) -> Tensor:
-        entries = self.entries()
-        wide = entries.to(torch.promote_types(entries.dtype, torch.float32))  # no transform in half precision
-        change = torch.fft.ifft2(wide).real * self.scaling
-        return change.to(entries.dtype).reshape(self.site.shape)
+    def matrix(self, values: Tensor) -> Tensor:
+        wide = values.to(torch.promote_types(values.dtype, torch.float32))  # no transform in half precision
+        shape = self.site.out_features, columns(self.site)
+        return real_part(self.scaling * wide, self.places.long(), shape).to(values.dtype)
+
+    def gradient(self, g: Tensor, x: Tensor) -> Tensor:
+        return self.scaling * at_frequencies(g, x, self.places.long())

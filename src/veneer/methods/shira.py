@@ -3,7 +3,8 @@
     W' = W + S        S zero but for r (in + out) trained entries at fixed random places
 
 As many trained numbers as a LoRA of rank r, with no bound on the rank. The values start at zero; the places are in the
-file. Cost: 2 N in out FLOPs to apply S to N tokens.
+file. Cost: a training step's gradient is 2 N FLOPs an entry for N tokens, or, for many entries, 2 N in out for all of
+W's; in eval the sum is built once and kept.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Additive
-from veneer.core.cache import cached
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
+from veneer.methods.entries import Entries
 from veneer.methods.sides import columns
 
 Mask = Callable[..., Tensor]
@@ -56,30 +56,8 @@ class ShiraConfig(LayerConfig):
             )
 
 
-class Sparse(Additive):
-    """A change that is zero but for some entries."""
-
-    dense = True
-
-    def places(self) -> Tensor:
-        """Where they are, (2, n) in the weight as a matrix."""
-        raise NotImplementedError
-
-    def values(self) -> Tensor:
-        """What they are, (n,)."""
-        raise NotImplementedError
-
-    def delta_weight(self) -> Tensor:
-        values = self.values()
-        empty = values.new_zeros(self.site.out_features, columns(self.site))
-        return empty.index_put(tuple(self.places().long()), values).reshape(self.site.shape)
-
-    def delta(self, x: Tensor) -> Tensor:
-        return self.site(x, cached(self, "delta", self.delta_weight))
-
-
 @method("SHIRA", ShiraConfig)
-class Shira(Sparse):
+class Shira(Entries):
     """Trained entries at random places."""
 
     def __init__(self, site: Site, config: ShiraConfig):
@@ -105,7 +83,8 @@ class Shira(Sparse):
         generator = None if config.random_seed is None else torch.Generator().manual_seed(config.random_seed)
         return torch.randperm(site.out_features * columns(site), generator=generator)[:n].sort().values
 
-    def places(self) -> Tensor:
+    @property
+    def places(self) -> Tensor:  # type: ignore[override]
         return self.shira_indices
 
     def values(self) -> Tensor:

@@ -16,11 +16,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.cache import cached
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.shira import Sparse
+from veneer.methods.entries import Entries
 from veneer.methods.sides import columns, factored, input_dropout
 
 
@@ -59,7 +58,7 @@ class SupertuningConfig(LayerConfig):
 
 
 @method("SUPERTUNING", SupertuningConfig)
-class Supertuning(Sparse):
+class Supertuning(Entries):
     """Trained entries where the weight is largest, and perhaps a LoRA."""
 
     def __init__(self, site: Site, config: SupertuningConfig):
@@ -87,7 +86,8 @@ class Supertuning(Sparse):
         if self.supertuning_indices.is_meta and not self.supertuning_values.is_meta:
             self.supertuning_indices = self.found().to(self.supertuning_values.device)
 
-    def places(self) -> Tensor:
+    @property
+    def places(self) -> Tensor:  # type: ignore[override]
         width = columns(self.site)
         return torch.stack([self.supertuning_indices // width, self.supertuning_indices % width])
 
@@ -99,7 +99,13 @@ class Supertuning(Sparse):
         return self.supertuning_lora_A.weight, self.scaling * self.supertuning_lora_B.weight
 
     def delta(self, x: Tensor) -> Tensor:
-        y = self.site(x, cached(self, "sparse", super().delta_weight))
+        return self.with_lora(super().delta(x), x)
+
+    def summed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self.with_lora(super().summed(x, weight, bias), x)
+
+    def with_lora(self, y: Tensor, x: Tensor) -> Tensor:
+        """What the entries make of ``x``, and what the LoRA adds, if any."""
         if self.r is None:
             return y
         return y + factored(self.site, self.lora_dropout(x) if x.is_floating_point() else x, *self.factors())

@@ -4,8 +4,9 @@
 
 One level of the inverse transform: C, held between borders of half a filter, is read as four quadrants (averages,
 and details along either axis). ``use_idwt=False`` takes C itself as the change. The places are drawn from
-``random_loc_seed`` and are in no file. Cost: 2 L in out FLOPs a step for filters of length L, and 2 N in out to apply
-the change to N tokens; in eval it is built once.
+``random_loc_seed`` and are in no file. Cost of a training step over the frozen layer's 4 N in out FLOPs for N tokens:
+2 L (in out + N (in + out)) for filters of length L, on the change and on both sides of its gradient, and 2 N n for the
+entries; in eval the sum is built once and kept.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from veneer.core.registry import method
 from veneer.core.sites import Site
 from veneer.methods.fourierft import Spectral, check_places
 from veneer.methods.sides import columns
-from veneer.ops.wavelets import filters, inverse
+from veneer.ops.entries import at_entries, turned
+from veneer.ops.wavelets import analysed, crossed, filters, inverse
 
 
 @dataclass
@@ -90,12 +92,24 @@ class WaveFT(Spectral):
         super().__init__(site, n, config.scaling, config.random_loc_seed, start)
         self.filters = filters(config.wavelet_family) if config.use_idwt else None
 
-    def delta_weight(self) -> Tensor:
-        c = self.entries()
+    def matrix(self, values: Tensor) -> Tensor:
+        c = self.entries(self.scaling * values)
         if self.filters is None:
-            return (self.scaling * c).reshape(self.site.shape)
+            return c
         rows, width = c.shape
-        border = len(self.filters[0]) // 2 - 1
+        border = self.border
         c = F.pad(c, (border, border + width % 2, border, border + rows % 2))
-        change = inverse(c, c.new_tensor(self.filters))[:rows, :width]
-        return (self.scaling * change).reshape(self.site.shape)
+        return inverse(c, self.filters)[:rows, :width]
+
+    def gradient(self, g: Tensor, x: Tensor) -> Tensor:
+        if self.filters is None:
+            return self.scaling * super().gradient(g, x)
+        rows, columns = self.places.long() + self.border
+        g, x = analysed(turned(g), self.filters), analysed(turned(x), self.filters)
+        rows, columns = crossed(rows, columns, len(g), len(x))
+        return self.scaling * at_entries(g, x, rows, columns)
+
+    @property
+    def border(self) -> int:
+        """Half a filter, around C."""
+        return len(self.filters[0]) // 2 - 1

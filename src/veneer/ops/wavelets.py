@@ -40,7 +40,7 @@ def filters(family: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return _pair(pywt.Wavelet(family).rec_lo)
 
 
-def _pair(low: list[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _pair(low: list[float]) -> Pair:
     high = [(-1) ** k * value for k, value in enumerate(reversed(low))]
     return tuple(low), tuple(high)
 
@@ -62,22 +62,60 @@ def daubechies(order: int) -> list[float]:
     return [float(c) for c in math.sqrt(2) * np.real(h / h.sum())]
 
 
-def inverse(quadrants: Tensor, pair: Tensor) -> Tensor:
+Pair = tuple[tuple[float, ...], tuple[float, ...]]
+"""The synthesis filters: low and high pass."""
+
+
+def inverse(quadrants: Tensor, pair: Pair) -> Tensor:
     """One level of the inverse transform along both axes.
 
     Args:
         quadrants: (2 m, 2 n): averages top left, details along the rows' axis beside them, along the columns' below.
-        pair: (2, L), the synthesis filters.
+        pair: of length L.
 
     Returns:
         (2 m - L + 2, 2 n - L + 2).
     """
     (a, v), (h, d) = (half.chunk(2, 1) for half in quadrants.chunk(2, 0))
-    return _synthesis(_synthesis(torch.cat([torch.cat([a, h], 1), torch.cat([v, d], 1)]), pair).mT, pair).mT
+    return _synthesised(_synthesised(torch.cat([torch.cat([a, h], 1), torch.cat([v, d], 1)]), pair).mT, pair).mT
 
 
-def _synthesis(rows: Tensor, pair: Tensor) -> Tensor:
-    """Along the last axis: (..., 2 n) with averages first -> (..., 2 n - L + 2)."""
-    length = pair.shape[1]
-    both = rows.unflatten(-1, (2, -1))  # (..., 2, n)
-    return torch.nn.functional.conv_transpose1d(both, pair[:, None], stride=2, padding=length - 2).squeeze(-2)
+def _synthesised(t: Tensor, pair: Pair) -> Tensor:
+    """Along the first axis: (2 n, N) with averages first -> (2 n - L + 2, N)."""
+    halves, length = t.chunk(2, 0), len(pair[0])
+    m = len(halves[0]) - length // 2 + 1
+    phases = []
+    for first in (0, 1):  # even and odd places
+        shifts = [(k, (length - 2 - k + first) // 2) for k in range(first, length, 2)]
+        phases.append(_sum([(row[k], half[s : s + m]) for row, half in zip(pair, halves) for k, s in shifts]))
+    return torch.stack(phases, 1).flatten(0, 1)
+
+
+def analysed(t: Tensor, pair: Pair) -> Tensor:
+    """The adjoint of the synthesis along the first axis, of which an odd length is made even.
+
+    Args:
+        t: (k, N).
+        pair: of length L.
+
+    Returns:
+        (k + L - 2, N), averages first.
+    """
+    length = len(pair[0])
+    padded = torch.nn.functional.pad(t, (0, 0, length - 2, length - 2 + len(t) % 2))
+    n = (len(padded) - length) // 2 + 1
+    return torch.cat([_sum([(row[k], padded[k : k + 2 * n - 1 : 2]) for k in range(length)]) for row in pair])
+
+
+def _sum(terms: list[tuple[float, Tensor]]) -> Tensor:
+    (weight, t), *rest = terms
+    total = t * weight
+    for weight, t in rest:
+        total = torch.add(total, t, alpha=weight)
+    return total
+
+
+def crossed(rows: Tensor, columns: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Where ``inverse`` reads the entries of its (height, width) quadrants: those off the diagonal change places."""
+    m, n = height // 2, width // 2
+    return columns // n * m + rows % m, rows // m * n + columns % n
