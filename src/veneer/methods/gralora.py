@@ -3,7 +3,8 @@
     dW_ij = s B_ij A_ij         W cut into k x k blocks,  A_ij (r/k, in/k), B_ij (out/k, r/k),  s = alpha / (r + h)
 
 plus a LoRA of rank h over the whole weight, if asked for. A starts Kaiming-uniform and B at zero. The rank of dW may
-reach k r at LoRA's cost for rank r: 2 N r (in + out) FLOPs for N tokens, against 2 N in out of the layer.
+reach k r at LoRA's cost for rank r: 2 N r (in + out) FLOPs for N tokens, against 2 N in out of the layer. Where k r is
+thin too, the grid is run as a LoRA of that rank.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Additive
+from veneer.core.cache import cached
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import columns, factored, input_dropout
+from veneer.methods.sides import columns, factored, input_dropout, pays
+from veneer.ops.lowrank import LowRank
 
 
 @dataclass
@@ -92,6 +95,24 @@ class Gralora(Additive):
         if not hasattr(self, "gralora_A_general"):
             return None
         return self.gralora_A_general["weight"], self.gralora_B_general["weight"]
+
+    def low_rank(self) -> LowRank | None:
+        """The grid as one product of rank k r, mostly of zeros, where that is thin: two products beat many."""
+        h = 0 if self.general is None else len(self.general[0])
+        if self.site.kind != "linear" or not pays(self.site, self.gralora_A.shape[2] * self.k + h):
+            return None
+        p = self.gralora_dropout.p if self.training else 0.0
+        return LowRank(*cached(self, "factors", self.factors), self.scaling, p)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (k r + h, in) and B (out, k r + h), whose product is the change but for its scale."""
+        k, eye = self.k, torch.eye(self.k, dtype=self.gralora_A.dtype, device=self.gralora_A.device)
+        a = torch.einsum("jcis,jJ->ijsJc", self.gralora_A.unflatten(-1, (k, -1)), eye).flatten(3).flatten(0, 2)
+        b = torch.einsum("ijso,iI->Ioijs", self.gralora_B.unflatten(1, (k, -1)), eye).flatten(2).flatten(0, 1)
+        if self.general is None:
+            return a, b
+        whole, back = self.general
+        return torch.cat([a, whole]), torch.cat([b, back], 1)
 
     def delta(self, x: Tensor) -> Tensor:
         if self.site.kernel or self.site.kind == "embedding":

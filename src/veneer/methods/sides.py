@@ -72,6 +72,15 @@ def factored(site: Site, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return up(site, down(site, x, a), b)
 
 
+def pays(site: Site, rank: int) -> bool:
+    """Whether a training step through thin factors is less work than one through a change of the weight's size.
+
+    Over the frozen layer's, the first is 6 N rank (in + out) FLOPs for N tokens, and the second 2 N in out.
+    """
+    width, rows = columns(site), site.out_features
+    return 3 * rank * (width + rows) < width * rows
+
+
 class Factored(Additive):
     """W' = W + B A, from factors that are computed: a method writes ``factors``, and names its input's dropout."""
 

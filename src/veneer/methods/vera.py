@@ -3,7 +3,8 @@
     W' = W + diag(lambda_b) B diag(lambda_d) A        lambda_b (out,), lambda_d (r,) trained
 
 A (r, widest in) and B (widest out, r) are random, frozen, and the same for all layers, which use their first columns
-and rows. lambda_d starts at ``d_initial``, lambda_b at zero. Cost: 2 N r (in + out) FLOPs for N tokens.
+and rows. lambda_d starts at ``d_initial``, lambda_b at zero. Cost: 2 N r (in + out) FLOPs for N
+tokens; a training step is 4 N r (in + out) + 2 N r out over the frozen layer's 4 N in out.
 """
 
 from __future__ import annotations
@@ -103,6 +104,6 @@ class Vera(Factored):
             self.shared.restore(self.vera_lambda_b)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, in), B (out, r), scaled: dW = B A."""
+        """A (r, in), B (out, r), both scales in B, so that A is frozen: dW = B A."""
         a, b = self.shared.cut(self.site)
-        return self.vera_lambda_d[:, None] * a, self.vera_lambda_b[:, None] * b
+        return a, self.vera_lambda_b[:, None] * b * self.vera_lambda_d
