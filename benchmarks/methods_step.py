@@ -41,7 +41,7 @@ def config(library: Any, peft_type: str) -> Any:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    given = arguments(__doc__ or "", hidden=512, layers=2, mlp=1408, vocab=1024, batch=4, length=128, only="")
+    given = arguments(__doc__ or "", hidden=512, layers=2, mlp=1408, vocab=1024, batch=4, length=256, only="")
     names = libraries(given.libraries)
     base = llama(given.hidden, given.layers, 1408 if given.mlp == 1408 else given.mlp, given.vocab).requires_grad_(
         False

@@ -1,9 +1,14 @@
-"""Orthogonal matrices from skew-symmetric ones: R = (I + Q)(I - Q)^{-1}, exactly or as a short series; block-wise."""
+"""Rotations R = (I + Q)(I - Q)^{-1} of skew-symmetric Q, exactly or as a short series; of pairs; reflections."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+WIDE = 32
+"""Blocks are joined up to this size."""
 
 
 def skew(entries: Tensor, b: int) -> Tensor:
@@ -62,8 +67,58 @@ def turn(v: Tensor, blocks: Tensor) -> Tensor:
     n, b, _ = blocks.shape
     if n == 1:
         return (v.reshape(-1, b) @ blocks[0]).reshape(v.shape)
+    side = max(k for k in (1, 2, 4, 8, 16) if n % k == 0 and (k == 1 or k * b <= WIDE))
+    if side > 1 and v.numel() >= WIDE * n * b:  # small blocks joined: more zeros to multiply, but far fewer products
+        eye = torch.eye(side, dtype=blocks.dtype, device=blocks.device)
+        n, b = n // side, b * side
+        blocks = torch.einsum("nkij,kl->nkilj", blocks.unflatten(0, (n, side)), eye).reshape(n, b, b)
     parts = v.reshape(-1, n, b).transpose(0, 1)  # (n, N, b)
     return parts.bmm(blocks).transpose(0, 1).reshape(v.shape)
+
+
+def turn_pairs(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Features j and j + h of each group of 2 h: (c_1 v_1 + s_1 v_2, c_2 v_2 + s_2 v_1).
+
+    Args:
+        v: (..., groups 2 h).
+        cos, sin: (groups, 2, h), so s_1 is a negative sine.
+
+    Returns:
+        Like ``v``.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _TurnedPairs.apply(v, cos, sin)
+    pairs = v.reshape(-1, *cos.shape)
+    return torch.addcmul(pairs * cos, pairs.flip(2), sin).view(v.shape)
+
+
+class _TurnedPairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(v if any(ctx.needs_input_grad[1:]) else None, cos, sin)
+        return _turned(v, cos, sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        v, cos, sin = ctx.saved_tensors
+        dv = _turned(grad, cos, sin.flip(1)) if ctx.needs_input_grad[0] else None
+        if v is None:
+            return dv, None, None
+        g, v = (t.reshape(-1, *cos.shape) for t in (grad, v))
+        product = g * v
+        dcos = product.sum(0)
+        torch.mul(g[:, :, 0], v[:, :, 1], out=product[:, :, 0])
+        torch.mul(g[:, :, 1], v[:, :, 0], out=product[:, :, 1])
+        return dv, dcos, product.sum(0)
+
+
+def _turned(v: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    pairs = v.reshape(-1, *cos.shape)
+    out = pairs * cos
+    out[:, :, 0].addcmul_(pairs[:, :, 1], sin[:, 0])
+    out[:, :, 1].addcmul_(pairs[:, :, 0], sin[:, 1])
+    return out.view(v.shape)
 
 
 def reflections(u: Tensor) -> tuple[Tensor, Tensor]:
