@@ -29,6 +29,9 @@ GROUPS = {
     "Optimisers": ["veneer.train.optim"],
 }  # fmt: skip
 
+IN_PARTS = ("PeftModel",)
+"""Classes whose members are written in several files."""
+
 
 def page() -> str:
     """Markdown with a directive for each public name."""
@@ -45,7 +48,8 @@ def page() -> str:
         for home in homes:
             for name in veneer._HOMES.get(home, ()):
                 value = getattr(veneer, name)
-                lines += [f"::: {value.__module__}.{value.__qualname__}", ""]
+                options = ["    options:", "      inherited_members: true"] if name in IN_PARTS else []
+                lines += [f"::: {value.__module__}.{value.__qualname__}", *options, ""]
     return "\n".join(lines) + "\n"
 
 
