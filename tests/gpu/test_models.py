@@ -23,6 +23,8 @@ METHODS = (
 KINDS = frozenset({"linear"} if INTERPRETED else {"linear", "embedding", "experts"})
 SLICE = [dataclasses.replace(row, tested=KINDS & row.kinds) for row in rows() if row.name in METHODS]
 
+PACKED = pytest.mark.parametrize("packed", [True] if INTERPRETED else [False, True])
+
 
 class TestLaws(laws.Laws):
     """With models and inputs on the device."""
@@ -65,7 +67,7 @@ def gradients(model, ids) -> list[torch.Tensor]:
     return [out.logits, *[p.grad for p in model.parameters() if p.grad is not None]]
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@PACKED
 def test_training_with_dropout_learns_and_runs_the_kernels(packed, device) -> None:
     model, ids = adapted(device, torch.bfloat16, packed=packed, lora_dropout=0.1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -83,13 +85,18 @@ def test_training_with_dropout_learns_and_runs_the_kernels(packed, device) -> No
     assert kernels.report()[f"{wanted} {device} torch.bfloat16"]
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@PACKED
 def test_a_mixed_batch_decodes_what_each_row_decodes_alone(packed, device) -> None:
     names = tuple("abcdef")
     model, ids = adapted(device, names=names, packed=packed)
     model.eval()
     route = ["f", "a", "__base__", "c", "b", "e", "d", "a"]
-    fixed = {"max_new_tokens": 2 if INTERPRETED else 6, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
+    fixed = {
+        "max_new_tokens": 2 if INTERPRETED else 6,
+        "do_sample": False,
+        "eos_token_id": None,
+        "attention_mask": torch.ones_like(ids),
+    }
     mixed = model.generate(input_ids=ids, adapter_names=route, **fixed)
     for i, name in enumerate(route if not INTERPRETED else route[:1]):
         model.set_adapter(name if name in names else "a")
