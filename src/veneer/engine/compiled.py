@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from veneer.core.adapter import Adapter, Additive, Base, Reweight
 from veneer.core.parts import is_cut
-from veneer.engine.folding import calling, fold, stand_around
+from veneer.engine.folding import calling, fold, mixed, stand_around
 from veneer.ops.lowrank import LowRank
 
 if TYPE_CHECKING:
@@ -264,10 +264,10 @@ def _around(adapter: Callable, layer: Base, share: Share, affine: bool) -> Base:
 
         new = adapter(h, seen)
         (g, y), *more = calls or [(None, None)]
-        if not more and new is y and g is not h and affine and share.felt is None:
+        if affine and share.felt is None and not more and new is y and g is not h:
             return layer(_mean(share.of(h.dim()), h, g))
         old = next((y for g, y in calls if g is h), None)
-        return _mixed(lambda y, z: _mean(share.of(y.dim()), y, z), layer(h) if old is None else old, new)
+        return mixed(lambda y, z: _mean(share.of(y.dim()), y, z), layer(h) if old is None else old, new)
 
     return run
 
@@ -279,19 +279,10 @@ def _either(on: Tensor, layer: Base, new: Base, dim: int = 0) -> Base:
         here = on if on.dim() == 0 else on.reshape(-1, *[1] * (y.dim() - 1 - dim))
         return torch.where(here > 0, z, y)
 
-    return lambda h: _mixed(chosen, layer(h), new(h))
+    return lambda h: mixed(chosen, layer(h), new(h))
 
 
 def _mean(share: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """y + share (z - y), which is exactly y or z at 0 or 1."""
     wide = torch.promote_types(y.dtype, torch.float32)
     return torch.lerp(y.to(wide), z.to(wide), share.to(wide)).to(y.dtype)
-
-
-def _mixed(how: Callable[[Tensor, Tensor], Tensor], y: Any, z: Any) -> Any:
-    """``how`` of what two layers gave."""
-    if isinstance(y, Tensor):
-        return y if y is z else how(y, z)
-    if isinstance(y, tuple):
-        return tuple(_mixed(how, a, b) for a, b in zip(y, z, strict=True))
-    return z

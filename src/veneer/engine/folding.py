@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -19,12 +19,12 @@ def stand_around(adapter: Adapter, layer: Base, gain: float | Tensor | None) -> 
     def scaled(h: Tensor) -> Tensor:
         y = layer(h)
         g = gain
-        if isinstance(g, Tensor):
+        if isinstance(g, Tensor) and isinstance(y, Tensor):
             g = g if g.dim() < 3 or g.shape[1] <= y.shape[1] else g[:, -y.shape[1] :]  # a head sees the last tokens
             g = g.to(y.device)
         if isinstance(adapter, Additive) and type(adapter).forward is Additive.forward:
             return y + (g * adapter.change(h)).to(y.dtype)
-        return y + (g * (adapter(h, known(layer, h, y)) - y)).to(y.dtype)
+        return mixed(lambda y, z: y + (g * (z - y)).to(y.dtype), y, adapter(h, known(layer, h, y)))
 
     return scaled
 
@@ -37,6 +37,13 @@ def calling(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Base:
 def known(f: Base, x: Tensor, y: Tensor) -> Base:
     """``f``, remembering that ``f(x) = y``: an adapter that leaves its input alone costs no second call."""
     return lambda h: y if h is x else f(h)
+
+
+def mixed(how: Callable[[Tensor, Tensor], Tensor], y: Any, z: Any) -> Any:
+    """``how`` of what two layers gave, be it a tensor or some of them."""
+    if isinstance(y, tuple):
+        return tuple(mixed(how, a, b) for a, b in zip(y, z, strict=True))
+    return how(y, z) if isinstance(y, Tensor) else y
 
 
 def fold(adapters: Iterable[tuple[Adapter, float | Tensor | None]], weight: Tensor, bias: Tensor | None) -> Weight:
