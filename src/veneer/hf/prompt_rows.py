@@ -78,7 +78,7 @@ def read_before(tuner: Tuner, batch: int, device: torch.device, inputs: dict[str
             parts.append(_one([] if name == BASE else active(tuner, name), len(own), some))
     embeds = _stacked([p[0] for p in parts], rows, batch, 1)
     decoder = _stacked([p[1] for p in parts], rows, batch, 1)
-    layers = max((len(p[2]) for p in parts if p[2] is not None), default=0)
+    layers = max([0, *(len(p[2]) for p in parts if p[2] is not None)])
     pairs = [
         tuple(_stacked([None if p[2] is None else p[2][i][side] for p in parts], rows, batch, 2) for side in (0, 1))
         for i in range(layers)
@@ -125,7 +125,7 @@ def _stacked(each: list[Tensor | None], rows: list[Tensor], batch: int, dim: int
 
 def _marks(each: list[Tensor | None], rows: list[Tensor], batch: int, dim: int, device: torch.device) -> Tensor:
     """(batch, longest): ones where ``_stacked`` has no padding."""
-    longest = max((x.shape[dim] for x in each if x is not None), default=0)
+    longest = max([0, *(x.shape[dim] for x in each if x is not None)])
     mask = torch.zeros(batch, longest, dtype=torch.long, device=device)
     for x, own in zip(each, rows):
         if x is not None:
