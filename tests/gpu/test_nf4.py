@@ -12,7 +12,7 @@ from veneer.ops import nf4_bytes
 from veneer.ops.kernels import kernel
 from veneer.ops.nf4_bytes import Layout, packed, unpacked_eager
 
-LAYOUTS = [Layout((5, 7)), Layout((40, 96)), Layout((150, 131), 32), Layout((33, 70), 64, False)]
+LAYOUTS = [Layout((5, 7)), Layout((40, 96)), Layout((70, 131), 32), Layout((33, 70), 64, False)]
 
 
 @TYPES
@@ -25,7 +25,7 @@ def test_the_weight_equals_the_eager_twins(layout, dtype, device) -> None:
 
 
 @TYPES
-@pytest.mark.parametrize("rows", [(1,), (2, 3), (16,)])
+@pytest.mark.parametrize("rows", [(2, 3), (16,)])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_few_rows_equal_the_product_with_the_weight(layout, rows, dtype, device) -> None:
     out, width = layout.shape
