@@ -91,12 +91,6 @@ def _tried(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType | 
     """The kernel's module if its check succeeds."""
     try:
         module = importlib.import_module(f"veneer.ops.triton.{name}")
-    except ImportError as error:
-        if error.name != "triton":
-            raise
-        _tell_absent()
-        return None
-    try:
         with _undisturbed(device):
             far = module.check(device, dtype)
         exact = torch.get_float32_matmul_precision() == "highest"
@@ -106,6 +100,9 @@ def _tried(name: str, device: torch.device, dtype: torch.dtype) -> ModuleType | 
             return module
         why = f"its {wrong[0]} is {far[wrong[0]]:.2g} of the largest value away from the eager twin's"
     except Exception as error:  # whatever a compiler or driver raises
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            _tell_absent()
+            return None
         why = f"it failed with {type(error).__name__}: {str(error)[:500]}"
     warnings.warn(
         f"veneer's Triton kernel '{name}' ({KERNELS[name]}) is not used on {device} in {dtype}: {why}. "
