@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -128,3 +130,22 @@ def test_rows_of_other_ranks_beams_and_rows_of_none_have_factors_of_their_own() 
             assert tuner.hosts()[0]._path.own.batch == 4
             for i, name in enumerate(names):
                 assert torch.allclose(y[i].reshape(-1, 8), alone[name][i, : x[i].numel() // 8], atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_batch_that_is_routed_again_sees_what_was_written_meanwhile() -> None:
+    tuner = adapted(LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False), "ab")
+    weight = tuner.hosts()[0].adapters["a"].lora_B.weight
+
+    def runs() -> Tensor:
+        tuner.route(["a", "b", "b", "a"])
+        return [tuner(X) for _ in range(3)][-1]
+
+    before = runs()
+    weight.mul_(2)
+    after = runs()
+    assert not torch.allclose(after[0], before[0]) and torch.equal(after[1], before[1])
+    twin = copy.deepcopy(tuner)
+    twin.hosts()[0].adapters["a"].lora_B.weight.zero_()
+    twin.route(["a", "b", "b", "a"])
+    assert torch.allclose(twin(X)[0], Net()(X)[0], atol=1e-6) and torch.equal(runs(), after)

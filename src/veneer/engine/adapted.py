@@ -139,7 +139,7 @@ class Adapted(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "twins"}
+        return {n: value for n, value in self.__dict__.items() if n not in ("twins", "_path")} | {"_decided": -1}
 
     def set_gain(self, name: str, gain: float | Tensor) -> None:
         """How much of an adapter there is at this layer."""

@@ -120,10 +120,14 @@ class Choosing(Merging):
     def route(self, names: Sequence[str] | None) -> None:
         """One adapter name per row of the batches to come (``"__base__"``: none), until the next call of ``route``.
 
+        What was written into the adapters' tensors before this call, those batches see for sure; what is written
+        after it, under the same route, perhaps not.
+
         Raises:
             ValueError: an unknown name, or a merged model.
         """
         if names is not None and tuple(names) == self.state.route:
+            self.state.look()
             return
         if names is not None:
             self._require(*(n for n in dict.fromkeys(names) if n != BASE))

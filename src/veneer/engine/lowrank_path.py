@@ -44,7 +44,6 @@ class Own(NamedTuple):
     """The factors of each row's adapter in a mixed batch; zero where a row has none, or a lower rank."""
 
     batch: int
-    seen: Seen
     down: Tensor
     """(batch, in, rank)."""
     up: Tensor
@@ -70,6 +69,10 @@ class LowRankPath:
         route: the adapter of each row, in a mixed batch.
         before: the way that was taken until now, whose stack may still serve.
     """
+
+    __slots__ = (
+        "adapters", "alone", "device", "layer", "mask", "names", "own", "route", "scalings", "slots", "stack", "state",
+    )  # fmt: skip
 
     def __init__(
         self, host: Adapted, names: list[str], route: tuple[str, ...] | None, before: LowRankPath | None = None
@@ -97,7 +100,7 @@ class LowRankPath:
         if torch.is_grad_enabled():
             return None if weight.requires_grad else self.trained(x, weight, bias)
         own, slots = self.own, self.slots
-        if own is not None and own.batch == x.shape[0] and own.seen.unwritten():
+        if own is not None and own.batch == x.shape[0]:
             return _by_row(x, weight, bias, own.down, own.up)
         if self.alone is not None:
             low = _branch(self.alone, x)
@@ -122,7 +125,7 @@ class LowRankPath:
         """Several adapters without gradients, while what the next calls need not find out again is found out."""
         stack = self.stack
         if stack is None or not stack.seen.unwritten():
-            lows, self.mask = self._lows(x), None
+            lows, self.mask, self.own = self._lows(x), None, None
             if lows is None:
                 return None
             parts = self._parts(lows)
@@ -147,7 +150,8 @@ class LowRankPath:
             rows, part = self.state.rows(len(x), x.device)[name], slice(start, start + r)
             down[rows, :r], up[rows, :r] = stack.down[:, part].t(), scaling * stack.up[part]
             start += r
-        return Own(len(x), stack.seen, down.mT, up)
+        self.state.rely(stack.seen)
+        return Own(len(x), down.mT, up)
 
     def _lows(self, x: Tensor) -> list[LowRank] | None:
         """The adapters' branches, if they can be joined."""

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from veneer.core.cache import Seen
+
 BASE = "__base__"
 """In a mixed batch: the name of rows that no adapter touches."""
 
@@ -50,6 +52,8 @@ class State:
     _rows: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict)
     masks: dict[Any, Tensor] = field(default_factory=dict)
     """What ``mask`` found, since the last change."""
+    _relied: list[Tensor] = field(default_factory=list)
+    _versions: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.strengths = self.strengths or {"cpu": torch.zeros(0, 0)}
@@ -73,6 +77,17 @@ class State:
         """Have every wrapper decide anew."""
         self.version += 1
         self.masks = {}
+        self._relied, self._versions = [], []
+
+    def rely(self, seen: Seen) -> None:
+        """A wrapper goes by what it made of these tensors, without looking at them again: until the next change."""
+        self._relied += [t.detach() for t in seen.tensors]  # same counts of changes, close together in memory
+        self._versions += seen.versions
+
+    def look(self) -> None:
+        """See whether something was written into the tensors that wrappers rely on; that is a change."""
+        if [t._version for t in self._relied] != self._versions:
+            self.renew()
 
     # ---- what compiled graphs read ----------------------------------------------------------------------------------
     def trace(self) -> None:
@@ -92,7 +107,7 @@ class State:
         if str(device) not in self.strengths and device.type != "meta":
             for tables in (self.strengths, self.on):
                 tables[str(device)] = tables["cpu"].to(device)
-        self.version += 1
+        self.renew()
 
     def name(self, *names: str, ordered: Iterable[str] = ()) -> None:
         """All adapters there are now; ``ordered`` are those that do not just add to the layer's output."""
@@ -104,7 +119,7 @@ class State:
         if gain == self._local.get((wrapper, name), 1.0):
             return
         self._local[wrapper, name] = gain
-        self.version += 1
+        self.renew()
         if self.compiled and name in self.order:
             place, value = (wrapper, self.order.index(name)), gain * self._number(name)
             for device, before in self.strengths.items():
@@ -223,7 +238,7 @@ class State:
     def _quietly(self, route: tuple[str, ...] | None, active: tuple[str, ...]) -> None:
         object.__setattr__(self, "route", route)
         object.__setattr__(self, "active", active)
-        self.version += 1
+        self.renew()
 
     def __deepcopy__(self, memo: dict) -> State:
         twin = State(self.active, self.enabled, dict(self.gains), self.route, self.version, self.order, self.ordered)
