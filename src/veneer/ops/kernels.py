@@ -49,13 +49,11 @@ def kernel(name: str, *tensors: Tensor, dtype: torch.dtype | None = None) -> Any
         tensors: what it is to work on; the first one tells device and dtype.
         dtype: in which it is to compute, where that is not the first tensor's.
     """
-    if torch.compiler.is_compiling():
-        return None
     device = tensors[0].device
-    if device.type not in DEVICES or not all(type(t) in _PLAIN for t in tensors):
+    if device.type not in DEVICES or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return None
     dtype = dtype or tensors[0].dtype
-    if name in _off or dtype not in TOLERANCE or torch._C._are_functorch_transforms_active():
+    if name in _off or dtype not in TOLERANCE or not all(type(t) in _PLAIN for t in tensors):
         return None
     key = name, device, dtype
     if key not in _found:
