@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 import veneer.core.files as files
 from engine.test_tuner import IDS, config, made
@@ -33,6 +34,24 @@ def test_both_file_kinds_round_trip(tmp_path, safe: bool) -> None:
     checkpoint.write(tmp_path, tensors, safe=safe)
     back = checkpoint.read(tmp_path)
     assert back.keys() == tensors.keys() and all(torch.equal(back[k], tensors[k]) for k in back)
+
+
+def test_every_kind_of_tensor_is_read_as_safetensors_reads_it(tmp_path) -> None:
+    kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.int8, torch.bool)
+    held = {str(kind): torch.arange(6).view(2, 3).to(kind) for kind in kinds}
+    held |= {"none": torch.empty(0, 4), "scalar": torch.tensor(2.0), "odd": torch.ones(3, dtype=torch.int8)}
+    save_file(held, tmp_path / checkpoint.SAFE_NAME, metadata={"format": "pt"})
+    found = checkpoint.read(tmp_path)
+    assert found.keys() == held.keys()
+    for key, value in held.items():
+        assert found[key].dtype is value.dtype and found[key].shape == value.shape
+        assert found[key].is_contiguous() and torch.equal(found[key].double(), value.double())
+
+
+def test_what_is_written_into_a_read_tensor_stays_out_of_the_file(tmp_path) -> None:
+    save_file({"a": torch.ones(3)}, tmp_path / checkpoint.SAFE_NAME)
+    checkpoint.read(tmp_path)["a"].zero_()
+    assert torch.equal(checkpoint.read(tmp_path)["a"], torch.ones(3))
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected", "shape"])

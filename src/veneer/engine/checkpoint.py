@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 from veneer.core import lean, registry
 from veneer.core.adapter import Adapter
 from veneer.core.config import PeftConfig
-from veneer.core.errors import ShapeError
 from veneer.core.files import write_bytes
 from veneer.core.parts import parts_of
-from veneer.core.patterns import nearest
+from veneer.engine.load_report import LoadReport as LoadReport
 from veneer.engine.tuner import Tuner
 
 PREFIX = "base_model.model."
@@ -27,44 +25,6 @@ SHARED_PREFIX = "base_model."
 SAFE_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
 STATE_NAME = "adapter_training_state.safetensors"
-
-
-@dataclass
-class LoadReport:
-    """What a load did. ``missing``, ``unexpected``: keys; ``mismatched``: (key, shape in the file, shape wanted)."""
-
-    loaded: int = 0
-    missing_keys: list[str] = field(default_factory=list)
-    unexpected_keys: list[str] = field(default_factory=list)
-    mismatched_keys: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
-
-    @property
-    def clean(self) -> bool:
-        return not (self.missing_keys or self.unexpected_keys or self.mismatched_keys)
-
-    def sentence(self) -> str:
-        """What is wrong and its likely cause, in a few lines."""
-        parts = []
-        for what, keys in (
-            ("missing from the file", self.missing_keys),
-            ("without a place in the model", self.unexpected_keys),
-            ("of another shape", [f"{k}: {a} in the file, {b} in the model" for k, a, b in self.mismatched_keys]),
-        ):
-            if keys:
-                more = f", and {len(keys) - 4} more" if len(keys) > 4 else ""
-                parts.append(f"{len(keys)} tensors are {what} ({'; '.join(keys[:4])}{more})")
-        return ". ".join(parts) + f". {self._cause()}"
-
-    def _cause(self) -> str:
-        if self.mismatched_keys and not self.missing_keys:
-            return "The adapter was likely trained on a base model of another size, or its config names another rank."
-        if self.missing_keys and self.unexpected_keys:
-            near = nearest(self.unexpected_keys[0], self.missing_keys, 1)
-            hint = f" ('{self.unexpected_keys[0]}' looks like '{near[0]}')" if near else ""
-            return f"The adapter was likely saved under other module names{hint}; pass key_mapping to rename its keys."
-        if self.unexpected_keys:
-            return "The config names fewer layers than the file holds; check target_modules and the base model."
-        return "The file is incomplete, or the config names more layers than were saved."
 
 
 def prompt_tensors(prompt: nn.Module) -> dict[str, Tensor]:
@@ -181,7 +141,7 @@ def put(
     if name in tuner.prompts:
         _put_prompt(tuner.prompts[name], left, report, writes)
     report.unexpected_keys += list(left)
-    _judge(report, name, strict, ignore_mismatched_sizes)
+    report.judge(name, strict, ignore_mismatched_sizes)
     _refuse_conflicts(writes, name)
     with torch.no_grad():
         for write in writes:
@@ -230,17 +190,6 @@ def _put_prompt(prompt: nn.Module, left: dict[str, Tensor], report: LoadReport, 
             report.mismatched_keys.append((key, tuple(value.shape), tuple(expected[key].shape)))
         else:
             writes.append(Write(prompt, key, expected[key], value))
-
-
-def _judge(report: LoadReport, name: str, strict: bool, ignore_mismatched: bool) -> None:
-    if not report.missing_keys and not report.unexpected_keys and ignore_mismatched:
-        return
-    if report.mismatched_keys and not ignore_mismatched:
-        raise ShapeError(
-            f"size mismatch: the tensors do not fit adapter '{name}'; nothing was loaded. {report.sentence()}"
-        )
-    if strict and not report.clean:
-        raise ValueError(f"The tensors do not fit adapter '{name}'; nothing was loaded. {report.sentence()}")
 
 
 def write(folder: str | Path, found: dict[str, Tensor], safe: bool = True) -> Path:
