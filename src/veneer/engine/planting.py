@@ -101,6 +101,8 @@ class Planting(Choosing):
     def _watch(self) -> None:
         """Keep one hook on the model that copies the inputs adapters ask for, as long as any does."""
         self.inputs.clear()
+        # A compiled graph is bound to the names there are before its first call.
+        self.inputs.update(dict.fromkeys(frozenset().union(*self._wants.values())))
         if self._wants and self._hook is None:
             self._hook = self.model.register_forward_pre_hook(self._take_inputs, with_kwargs=True)
         elif not self._wants and self._hook is not None:
