@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from laws.kinds import KINDS
+from laws.table import Row, rows
 from veneer import LoraConfig
 from veneer.engine.tuner import Tuner
+from veneer.testing.laws import near, planted
 
 
 class Net(nn.Module):
@@ -65,6 +68,7 @@ OPTIONS = {
     "dora": {"use_dora": True},
     "other layers": {"layers": ("table", "conv")},
 }
+COPIES = {"layers": ("first",), "modules_to_save": ["second"]}
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
@@ -131,9 +135,9 @@ def test_another_mixed_batch_compiles_nothing_anew(kind: str) -> None:
     assert compiled.graphs == 1
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "other layers"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "other layers", "copies"])
 def test_compiled_gradients_are_the_eager_ones(kind: str) -> None:
-    tuner = adapted("ab", **OPTIONS[kind]).train()
+    tuner = adapted("ab", **(OPTIONS | {"copies": COPIES})[kind]).train()
     compiled = Compiled(tuner)
 
     def gradients(model: Callable) -> list[Tensor]:
@@ -198,3 +202,99 @@ def test_tensors_that_moved_are_followed() -> None:
     tuner.delete("a")
     tuner.set_active("b")
     assert compiled.equals_eager(IDS) and compiled.graphs == 3
+
+
+QUICK = ("ia3", "oft", "lokr", "hira", "bottleneck", "ln_tuning", "vera", "mola", "dora_dropout")
+KIND = ("linear", "feed_forward", "embedding", "block")
+
+
+def every_method() -> list:
+    """One row of the laws' table for each method, at one kind of layer it sits at."""
+    first: dict[object, object] = {}
+    for row in rows():
+        kind = next((kind for kind in KIND if kind in (row.tested or row.kinds)), None)
+        if kind is not None:
+            config = row.make(**KINDS[kind].targets)
+            key = row.name if row.name in QUICK else config.peft_type
+            mark = () if row.name in QUICK else pytest.mark.slow
+            first.setdefault(key, pytest.param(row, kind, id=row.name, marks=mark))
+    return list(first.values())
+
+
+@pytest.mark.parametrize(("row", "kind"), every_method())
+@torch.no_grad()
+def test_switching_adapters_of_any_method_compiles_nothing_anew(row: Row, kind: str) -> None:
+    tuner, x = planted(row, kind, names=("a", "b"))
+    compiled = Compiled(tuner)
+    seen = []
+
+    def check(graphs: int = 1) -> None:
+        ours, eager = compiled.run(x), tuner(x)
+        assert near(ours, eager, 1e-5)
+        assert compiled.graphs == graphs
+        seen.append(ours)
+
+    check()
+    tuner.set_active("b")
+    check()
+    tuner.set_active("a")
+    check()
+    with tuner.disabled():
+        check()
+        assert torch.equal(seen[-1], tuner(x))
+    for host in tuner.hosts():
+        host.set_gain("a", 0.5)
+    check()
+    if row.combines:
+        tuner.set_active("a", "b")
+        check()
+    assert torch.equal(seen[0], seen[2]) and not near(seen[0], seen[1], 1e-6)
+    for batch in (["a", "b", "__base__", "b"], ["b", "a", "a", "b"]):
+        tuner.route(batch)
+        check(graphs=2)
+
+
+@torch.no_grad()
+def test_switching_whole_copies_compiles_nothing_anew() -> None:
+    tuner = adapted("ab", **COPIES)
+    compiled = Compiled(tuner)
+    seen = []
+    for active in (("a",), ("b",), (), ("a",)):
+        tuner.set_active(*active)
+        assert compiled.equals_eager(IDS) and compiled.graphs == 1
+        seen.append(compiled.run(IDS))
+    assert torch.equal(seen[0], seen[3]) and torch.equal(seen[2], Net()(IDS))
+    assert not torch.allclose(seen[0], seen[1], atol=1e-6)
+    tuner.route(["a", "__base__", "b", "a"])
+    assert compiled.equals_eager(IDS) and compiled.graphs == 2
+
+
+@torch.no_grad()
+def test_unmerging_goes_back_to_the_first_graph() -> None:
+    tuner = adapted("ab")
+    compiled = Compiled(tuner)
+    for merged in (False, True, False, True):
+        if merged:
+            tuner.merge()
+        else:
+            tuner.unmerge()
+        assert compiled.equals_eager(IDS)
+    assert compiled.graphs == 2
+
+
+@pytest.mark.parametrize("name", ["ia3", "oft", "hira", "bitfit", "bottleneck"])
+def test_gradients_of_other_methods_are_the_eager_ones(name: str) -> None:
+    row = next(row for row in rows() if row.name == name)
+    tuner, x = planted(row, "linear", names=("a", "b"))
+    compiled = Compiled(tuner)
+
+    def gradients(model: Callable) -> list[Tensor]:
+        tuner.zero_grad()
+        model(x).square().sum().backward()
+        return [p.grad.clone() for p in tuner.parameters() if p.requires_grad]
+
+    for name in ("b", "a"):
+        tuner.set_active(name)
+        ours, eager = gradients(compiled.run), gradients(tuner)
+        assert eager and all(near(a, b, 1e-5) for a, b in zip(ours, eager, strict=True))
+    assert compiled.graphs == 1
