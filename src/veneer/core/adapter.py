@@ -257,7 +257,10 @@ class Additive(Adapter):
         return self.site(x, self.delta_weight(), self.delta_bias())
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
-        y = base(x)
+        return self.onto(base(x), x)
+
+    def onto(self, y: Tensor, x: Tensor) -> Tensor:
+        """The layer's output and the change of it; override where one product can do both."""
         return y + self.change(x).to(y.dtype)
 
     def change(self, x: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from veneer.core.cache import cached
 from veneer.core.registry import method
 from veneer.core.sites import Site
 from veneer.methods.loha import Lycoris, LycorisConfig
+from veneer.methods.sides import added
 
 
 @dataclass
@@ -114,6 +115,21 @@ class LoKr(Lycoris):
         w2 = w2.reshape(*w2.shape[:2], -1)  # (o2, i2, places in the kernel)
         return torch.einsum(f"ab,cdk->{major}", w1, w2).reshape(self.site.shape)
 
+    def inner(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """s W1 X (..., o1, i2) and W2; in training, of a W2 that is factored, s W1 X W2b^T (..., o1, r) and W2a."""
+        (_, i1, _, i2), w1 = self.sides, cached(self, "first", self.first)
+        x = x.unflatten(-1, (i1, i2))
+        if self.training and hasattr(self, "lokr_w2_b"):
+            return w1 @ (x @ self.lokr_w2_b.mT), self.lokr_w2_a
+        return w1 @ x, cached(self, "second", self.second)
+
+    def onto(self, y: Tensor, x: Tensor) -> Tensor:
+        plain = self.site.kind in ("linear", "conv1d_hf") and not (self.second_major or self.rank_dropout)
+        if not plain or self.module_dropout or not x.dtype == y.dtype == self.dtype:
+            return super().onto(y, x)
+        h, last = self.inner(x)
+        return added(y, h, last.mT)
+
     def delta(self, x: Tensor) -> Tensor:
         if self.second_major or getattr(self.site, "groups", 1) > 1:  # there the input falls into no blocks for W1
             return super().delta(x)
@@ -124,7 +140,8 @@ class LoKr(Lycoris):
             y = torch.einsum("...o,...p->...op", w1.mT[x // i2], w2.mT[x % i2]).flatten(-2) * self.site.scale
             return y if keep is None else y * keep
         if not self.site.kernel:
-            y = (w1 @ x.unflatten(-1, (i1, i2)) @ w2.mT).flatten(-2)
+            h, last = self.inner(x)
+            y = (h @ last.mT).flatten(-2)
             return y if keep is None else y * keep
         n = len(self.site.kernel)
         batch = x.shape[: -1 - n]

@@ -20,7 +20,7 @@ from veneer.core.adapter import Adapter, Additive, Reweight, Weight
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import columns, input_dropout
+from veneer.methods.sides import added, columns, input_dropout
 
 
 @dataclass
@@ -84,16 +84,26 @@ class Miss(Additive):
 
     def shard(self) -> Tensor:
         """D, (r, out)."""
-        return self.miss_block.repeat(1, self.site.out_features // self.miss_block.shape[1])
+        times = self.site.out_features // self.miss_block.shape[1]
+        return self.miss_block if times == 1 else self.miss_block.repeat(1, times)
 
     def delta(self, x: Tensor) -> Tensor:
         if self.site.kind == "embedding":
             return self.site.lookup(x, self.shard().repeat(-(-self.site.in_features // self.r), 1)) * self.site.scale
-        x = self.miss_dropout(x)
         if self.site.kernel:
-            return super().delta(x)
-        x = nn.functional.pad(x, (0, -x.shape[-1] % self.r))
-        return x.reshape(*x.shape[:-1], -1, self.r).sum(-2) @ self.shard()
+            return super().delta(self.miss_dropout(x))
+        return self.folded(x) @ self.shard()
+
+    def folded(self, x: Tensor) -> Tensor:
+        """The sum of the input's chunks, (..., r)."""
+        x, missing = self.miss_dropout(x), -x.shape[-1] % self.r
+        x = nn.functional.pad(x, (0, missing)) if missing else x
+        return x.unflatten(-1, (-1, self.r)).sum(-2)
+
+    def onto(self, y: Tensor, x: Tensor) -> Tensor:
+        if self.site.kernel or self.site.kind == "embedding" or not x.dtype == y.dtype == self.dtype:
+            return super().onto(y, x)
+        return added(y, self.folded(x), self.shard())
 
     def delta_weight(self) -> Tensor:
         k = columns(self.site)

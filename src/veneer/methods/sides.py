@@ -72,6 +72,11 @@ def factored(site: Site, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return up(site, down(site, x, a), b)
 
 
+def added(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
+    """``y + h b``, in one product: (..., out), (..., r), (r, n), where n divides out and h has as many rows as that."""
+    return torch.addmm(y.reshape(-1, b.shape[1]), h.reshape(-1, b.shape[0]), b).view(y.shape)
+
+
 def pays(site: Site, rank: int) -> bool:
     """Whether a training step through thin factors is less work than one through a change of the weight's size.
 
