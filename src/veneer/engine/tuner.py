@@ -54,21 +54,7 @@ class Tuner(Planting):
             ValueError: a bad or taken name, a config that matches nothing, or a layer the method cannot sit at.
         """
         self._check_name(name)
-        with self.disabled():  # a start reads the base's own weights
-            build = registry.of(str(config.peft_type)).build
-            if issubclass(build, Root):
-                drawn = root.draw(self, build, config)
-            else:
-                drawn = blueprint.draw(self.model, config, self.inputs, only)
-            for site, adapter in drawn.pairs:
-                blueprint.placed(adapter, site, device, autocast_adapter_dtype and not adapter.keeps_dtype)
-                adapter.ready()
-        self._accept(drawn.pairs, config)
-        merged = {host.site.path: host for host in self._merged_hosts}
-        for site, _ in drawn.pairs:
-            if site.path in merged:
-                names = ", ".join(merged[site.path].merged_names)
-                raise ValueError(f"'{site.path}' is merged ({names}); unmerge before adding an adapter there.")
+        drawn = self._drawn(config, device, autocast_adapter_dtype, only)
         self._freeze_base()
 
         def placed(module: nn.Module, at: Any) -> Any:
@@ -81,6 +67,33 @@ class Tuner(Planting):
         self._hosts[name] = []
         places = Places(self.model)
         around = [self._plant(name, site, adapter, places) for site, adapter in drawn.pairs]
+        self._enter(name, config, drawn)
+        self._join(around)
+        return drawn.own
+
+    def _drawn(
+        self, config: PeftConfig, device: torch.device | str | None, autocast: bool, only: set[str] | None
+    ) -> blueprint.Blueprint:
+        """One adapter, built and where it belongs, but not planted yet."""
+        with self.disabled():  # a start reads the base's own weights
+            build = registry.of(str(config.peft_type)).build
+            if issubclass(build, Root):
+                drawn = root.draw(self, build, config)
+            else:
+                drawn = blueprint.draw(self.model, config, self.inputs, only)
+            for site, adapter in drawn.pairs:
+                blueprint.placed(adapter, site, device, autocast and not adapter.keeps_dtype)
+                adapter.ready()
+        self._accept(drawn.pairs, config)
+        merged = {host.site.path: host for host in self._merged_hosts}
+        for site, _ in drawn.pairs:
+            if site.path in merged:
+                names = ", ".join(merged[site.path].merged_names)
+                raise ValueError(f"'{site.path}' is merged ({names}); unmerge before adding an adapter there.")
+        return drawn
+
+    def _enter(self, name: str, config: PeftConfig, drawn: blueprint.Blueprint) -> None:
+        """Note what has been planted, with the switchboard too; it is off and does not train."""
         self.configs[name] = config
         builds = {type(adapter) for _, adapter in drawn.pairs}
         adds = all(build.forward is Additive.forward for build in builds)
@@ -92,8 +105,6 @@ class Tuner(Planting):
         if wants := frozenset(want for reader in readers for want in getattr(reader, "wants", ())):
             self._wants[name] = wants
         self._watch()
-        self._join(around)
-        return drawn.own
 
     def _accept(self, pairs: blueprint.Pairs, config: PeftConfig) -> None:
         """Refuse, by a ValueError, what has been drawn; a floor above may know more about the model's code."""
