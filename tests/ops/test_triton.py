@@ -27,9 +27,8 @@ def run(*command: str, **environment: str) -> str:
 
 @on_linux
 def test_kernels_equal_their_twins_in_the_interpreter() -> None:
-    print(
-        run("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-    )
+    options = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist")
+    print(run(*options, "tests/gpu", TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""))
 
 
 @on_linux
