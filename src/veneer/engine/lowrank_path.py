@@ -32,8 +32,8 @@ class Stack(NamedTuple):
     """The joined factors of a mixed batch's adapters, in the layer's dtype, and what they were made from."""
 
     seen: Seen
-    down: Tensor
-    """a's transpose, (in, total rank)."""
+    a: Tensor
+    """(total rank, in)."""
     up: Tensor
     """b's transpose, (total rank, out)."""
     parts: tuple[tuple[str, int, float], ...]
@@ -56,6 +56,8 @@ class Slots(NamedTuple):
     a: list[tuple[dict, str]]
     b: list[tuple[dict, str]]
     parts: tuple[tuple[str, int, float], ...]
+    scaling: float | None
+    """Where it is the same for all."""
 
 
 class LowRankPath:
@@ -106,10 +108,12 @@ class LowRankPath:
             low = _branch(self.alone, x)
             if low is None or low.dropout:
                 return None if low is None else fused_linear(x, weight, bias, low)
-            return _inferred(x, weight, bias, low.a.t(), low.b.t(), None, low.scaling, low.gain)
+            return _inferred(x, weight, bias, low.a, low.b.t(), None, low.scaling, low.gain)
         if slots is not None:
-            down, up = torch.cat([t[n] for t, n in slots.a]).t(), torch.cat([t[n] for t, n in slots.b], 1).t()
-            return _inferred(x, weight, bias, down, up, self._mask(x, slots.parts))
+            a, b = torch.cat([t[n] for t, n in slots.a]), torch.cat([t[n] for t, n in slots.b], 1)
+            if slots.scaling is not None:
+                return _inferred(x, weight, bias, a, b.t(), None, slots.scaling)
+            return _inferred(x, weight, bias, a, b.t(), self._mask(x, slots.parts))
         return self._several(x, weight, bias)
 
     def trained(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -129,26 +133,26 @@ class LowRankPath:
             if lows is None:
                 return None
             parts = self._parts(lows)
-            down, up = torch.cat([low.a for low in lows]).t(), torch.cat([low.b for low in lows], 1).t()
+            a, up = torch.cat([low.a for low in lows]), torch.cat([low.b for low in lows], 1).t()
             if self.route is None:
                 self.slots = None if any(a.training for a in self.adapters) else _slots(self.adapters, lows, parts)
-                return _inferred(x, weight, bias, down, up, self._mask(x, parts))
+                return _inferred(x, weight, bias, a, up, self._mask(x, parts))
             shared = [adapter.shared for adapter in self.adapters if adapter.shared is not None]
-            stack = Stack(Seen(*self.adapters, *shared), down.to(x.dtype), up.to(x.dtype).contiguous(), parts)
+            stack = Stack(Seen(*self.adapters, *shared), a.to(x.dtype), up.to(x.dtype).contiguous(), parts)
             self.stack = stack
-        y = own_rows(self.state, x, weight, bias, stack.down.t(), stack.up.t(), stack.parts)
+        y = own_rows(self.state, x, weight, bias, stack.a, stack.up.t(), stack.parts)
         if y is not None:
             return y
         if self.mask is not None and self.mask[0] == x.shape and len(x) <= FEW * len(stack.parts):
             self.own = self._own(stack, x)
-        return _inferred(x, weight, bias, stack.down, stack.up, self._mask(x, stack.parts))
+        return _inferred(x, weight, bias, stack.a, stack.up, self._mask(x, stack.parts))
 
     def _own(self, stack: Stack, x: Tensor) -> Own:
         rank, start = max(rank for _, rank, _ in stack.parts), 0
-        down, up = (x.new_zeros(len(x), rank, n) for n in (stack.down.shape[0], stack.up.shape[1]))
+        down, up = (x.new_zeros(len(x), rank, n) for n in (stack.a.shape[1], stack.up.shape[1]))
         for name, r, scaling in stack.parts:
             rows, part = self.state.rows(len(x), x.device)[name], slice(start, start + r)
-            down[rows, :r], up[rows, :r] = stack.down[:, part].t(), scaling * stack.up[part]
+            down[rows, :r], up[rows, :r] = stack.a[part], scaling * stack.up[part]
             start += r
         self.state.rely(stack.seen)
         return Own(len(x), down.mT, up)
@@ -184,14 +188,15 @@ def _slots(adapters: list[Additive], lows: list[LowRank], parts: tuple[tuple[str
     """The adapters' slots; None where factors are computed."""
     where = {id(t): (m._parameters, n) for a in adapters for m in inside(a) for n, t in m._parameters.items()}
     a, b = [where.get(id(low.a)) for low in lows], [where.get(id(low.b)) for low in lows]
-    return None if None in a or None in b else Slots(a, b, parts)  # type: ignore[arg-type]
+    scaling = lows[0].scaling if len({low.scaling for low in lows}) == 1 else None
+    return None if None in a or None in b else Slots(a, b, parts, scaling)  # type: ignore[arg-type]
 
 
 def _inferred(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    down: Tensor,
+    a: Tensor,
     up: Tensor,
     mask: Tensor | None,
     scaling: float = 1.0,
@@ -201,15 +206,14 @@ def _inferred(
 
     Args:
         x: (..., in).
-        weight, bias, mask, scaling, gain: as there.
-        down: a's transpose.
+        weight, bias, a, mask, scaling, gain: as there.
         up: b's transpose.
     """
-    if down.dtype is not x.dtype:
-        down, up = down.to(x.dtype), up.to(x.dtype)
+    if a.dtype is not x.dtype:
+        a, up = a.to(x.dtype), up.to(x.dtype)
     shape = x.shape
     flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
-    y, h = F.linear(flat, weight, bias), flat.mm(down)
+    y, h = F.linear(flat, weight, bias), F.linear(flat, a)
     if mask is not None:
         h.mul_(mask)
     y.addmm_(h, up, alpha=scaling)
