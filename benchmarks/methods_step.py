@@ -18,7 +18,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "RANDLORA": {"r": 32}, "FOURIERFT": {"n_frequency": 500}, "C3A": {"block_size": 64}, "MISS": {"r": 64},
     "HIRA": {"r": 8}, "SHIRA": {"r": 8}, "DELORA": {"r": 8}, "GRALORA": {"r": 8},
     "WAVEFT": {"n_frequency": 500},
-    "VBLORA": {"vector_length": 64, "num_vectors": 64},
+    "VBLORA": {"vector_length": 64, "num_vectors": 64}, "ADALORA": {"init_r": 12, "total_step": 1000},
+    "PVERA": {"r": 64}, "TINYLORA": {}, "UNILORA": {"r": 8}, "PSOFT": {"r": 32}, "PEANUT": {"r": 8}, "LILY": {"r": 8},
+    "GLORA": {"r": 8}, "DEFT": {"r": 8}, "ADAMSS": {},
 }  # fmt: skip
 
 

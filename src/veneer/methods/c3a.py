@@ -3,7 +3,7 @@
     W' = W + D        D in blocks of b x b, D_ij[r, c] = w_ij[(c - r) mod b] / in,   w (out/b, in/b, b)
 
 Each block is a circular correlation, applied through the FFT: O(N (in + out) log b) + 4 N in out / b FLOPs for N
-tokens, against 2 N in out of the layer. A training step adds five such transforms and three such products (b = 64: 0.09
+tokens, against 2 N in out of the layer. A training step adds five such transforms and three such products (b = 64: 0.05
 of the frozen layer's FLOPs, and the transforms' 10 passes over x and y). In eval the sum is kept: one more weight. The
 default start is Xavier-uniform, which is not the base model; ``init_weights=True`` starts at zero. Several active
 adapters add up, all reading the layer's own input.
