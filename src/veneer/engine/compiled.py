@@ -256,7 +256,7 @@ def _around(adapter: Callable, layer: Base, share: Share, affine: bool) -> Base:
     """
 
     def run(h: Tensor) -> Any:
-        calls: list[tuple[Tensor, Any]] = []
+        calls: list[tuple[Tensor | None, Any]] = []
 
         def seen(g: Tensor) -> Any:
             calls.append((g, layer(g)))
