@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, Qwen
 from veneer import LoraConfig
 from veneer.engine import experts_path
 from veneer.engine.tuner import Tuner
+from veneer.ops import experts
 from veneer.ops.experts import Stack, routed
 
 E, D, W, T, K, R = 5, 6, 4, 7, 2, 3
@@ -65,6 +66,30 @@ def test_forward_and_gradients_equal_dense_deltas(biases: bool, branches: tuple[
     both = (torch.autograd.grad(t.square().sum(), trained) for t in (y, twin))
     assert all(torch.allclose(mine, other) for mine, other in zip(*both, strict=True))
     assert torch.autograd.gradcheck(lambda *_: routed(x, index, weights, *stacks, glu), trained)
+
+
+@pytest.mark.parametrize("rank", [4, 3])
+def test_one_call_for_all_experts_gives_what_a_loop_gives(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, grouped_mm = [], F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *args, **kwargs: calls.append(1) or grouped_mm(*args, **kwargs))
+    torch.manual_seed(1)
+    x, weights = torch.randn(20, 8, requires_grad=True), torch.rand(20, 2)
+    index = torch.stack([torch.randperm(E - 1)[:2] for _ in range(20)])  # the last expert gets nothing
+    stacks, trained = [], [x]
+    for out, wide in ((8, 8), (8, 4)):
+        stored = torch.randn(out, rank * E, requires_grad=True)  # experts side by side, as LoRA's B has them
+        a = torch.randn(E, rank, wide, requires_grad=True)
+        trained += [a, stored]
+        b = stored.view(out, rank, E).permute(2, 0, 1)
+        stacks.append(Stack(torch.randn(E, out, wide), None, a, b, 0.5))
+    y = routed(x, index, weights, *stacks, glu)
+    mine = torch.autograd.grad(y.square().sum(), trained)
+    assert len(calls) >= 8
+    monkeypatch.setattr(experts, "_grouped", lambda *_: False)
+    twin = routed(x, index, weights, *stacks, glu)
+    assert torch.allclose(y, twin, atol=1e-4)
+    other = torch.autograd.grad(twin.square().sum(), trained)
+    assert all(torch.allclose(m, o, rtol=1e-4, atol=1e-2) for m, o in zip(mine, other, strict=True))
 
 
 def test_only_what_trains_gets_a_gradient() -> None:

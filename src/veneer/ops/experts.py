@@ -2,9 +2,10 @@
 
     out_t = sum_k w_tk (V_e a(U_e x_t + b_e) + c_e)    e = index_tk,  U_e = W_e + s B_e A_e, and V_e likewise
 
-Token copies are sorted by expert once, so that each expert is one product over neighbouring rows. For the backward pass
+Token copies are sorted by expert once, so that each expert is one product over neighbouring rows, and all of them are
+one call of ``torch.nn.functional.grouped_mm`` where it takes such operands; a loop does the same. For the backward pass
 x, the first products and the thin ones are kept; the activation is computed again, and the gradient of the routing
-weights comes from the gradient that is there anyway. Of the chosen experts alone anything is read.
+weights comes from the gradient that is there anyway. Where few experts are chosen, only those are read.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Gate = Callable[[Tensor], Tensor]
@@ -40,15 +42,23 @@ class Routing(NamedTuple):
     """Those with any copy, ascending."""
     sizes: list[int]
     """How many each of them has."""
+    ends: Tensor
+    """(E,), where each expert's rows end, int32."""
+
+    @property
+    def few(self) -> bool:
+        """Whether most experts have nothing to do, as for one token."""
+        return 4 * len(self.experts) < len(self.ends)
 
 
 def sorted_by_expert(index: Tensor, experts: int) -> Routing:
     """The copies (T, K) of tokens in the order of their experts."""
     flat = index.reshape(-1)
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=experts).tolist()
+    counted = torch.bincount(flat, minlength=experts)
+    counts = counted.tolist()
     chosen = [e for e, n in enumerate(counts) if n]
-    return Routing(order // index.shape[1], order, chosen, [counts[e] for e in chosen])
+    return Routing(order // index.shape[1], order, chosen, [counts[e] for e in chosen], counted.cumsum(0).int())
 
 
 def routed(x: Tensor, index: Tensor, weights: Tensor, first: Stack, second: Stack, gate: Gate) -> Tensor:
@@ -68,54 +78,99 @@ def routed(x: Tensor, index: Tensor, weights: Tensor, first: Stack, second: Stac
     tensors: list[Tensor | None] = []
     for stack in (first, second):
         a, b = (None if t is None else t.to(x.dtype) for t in (stack.a, stack.b))
-        tensors += (stack.weight, stack.bias, a, b)
+        tensors += (stack.weight, stack.bias, a, None if b is None else b.mT)
     scalings = first.scaling, second.scaling
     given = (x, weights, *tensors)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
-        tensors = [t if t is None or i % 4 < 2 else t.contiguous() for i, t in enumerate(tensors)]
         return _Routed.apply(x, weights, index, gate, scalings, *tensors)
     return _run(x, weights, index, gate, scalings, tensors)[0]
+
+
+def _laid(up: Tensor) -> Tensor:
+    """(E, r, out) with the outputs side by side: one transposition away from a parameter whose experts are."""
+    return up.transpose(0, 1).flatten(0, 1).contiguous().unflatten(0, up.shape[1::-1]).transpose(0, 1)
 
 
 class _Kept(NamedTuple):
     routing: Routing
     inner: Tensor
     h: tuple[Tensor | None, Tensor | None]
+    tensors: list[Tensor | None]
+    """As given, the factors laid as the products want them."""
 
 
 def _run(
     x: Tensor, weights: Tensor, index: Tensor, gate: Gate, scalings: tuple[float, float], tensors: Sequence[Any]
 ) -> tuple[Tensor, _Kept]:
     routing = sorted_by_expert(index, tensors[0].shape[0])
+    if not routing.few:
+        tensors = [t if t is None or i % 4 < 3 else _laid(t) for i, t in enumerate(tensors)]
     inner, h1 = _products(x.index_select(0, routing.token), routing, tensors[:4], scalings[0])
     rows, h2 = _products(gate(inner), routing, tensors[4:], scalings[1])
     rows.mul_(weights.reshape(-1).index_select(0, routing.order)[:, None].to(rows.dtype))
-    return torch.zeros_like(x).index_add_(0, routing.token, rows), _Kept(routing, inner, (h1, h2))
+    kept = _Kept(routing, inner, (h1, h2), list(tensors))
+    return torch.zeros_like(x).index_add_(0, routing.token, rows), kept
 
 
 def _products(rows: Tensor, routing: Routing, stack: Sequence[Any], scaling: float) -> tuple[Tensor, Tensor | None]:
     """Each expert's layer on its rows (n, in): (n, out), and the inner products (n, r)."""
-    weight, bias, a, b = stack
-    y = rows.new_empty(len(rows), weight.shape[1])
-    own, ys = rows.split(routing.sizes), y.split(routing.sizes)
-    for x, out, w in zip(own, ys, _of(weight.mT, routing), strict=True):
-        torch.mm(x, w, out=out)
-    h = None
+    weight, bias, a, b = stack  # b as (E, r, out)
+    y, h = _each(rows, weight.mT, routing), None
     if a is not None:
-        h = rows.new_empty(len(rows), a.shape[1])
-        thin = zip(own, ys, h.split(routing.sizes), _of(a.mT, routing), _of(b.mT, routing), strict=True)
-        for x, out, inner, down, up in thin:
-            torch.mm(x, down, out=inner)
-            out.addmm_(inner, up, alpha=scaling)
+        h = _each(rows, a.mT, routing)
+        y.add_(_each(h, b, routing), alpha=scaling)
     if bias is not None:
-        for out, c in zip(ys, _of(bias, routing), strict=True):
+        for out, c in zip(y.split(routing.sizes), _of(bias, routing), strict=True):
             out.add_(c)
     return y, h
 
 
+def _each(rows: Tensor, matrices: Tensor, routing: Routing) -> Tensor:
+    """Each expert's matrix (E, k, l) on its rows (n, k): (n, l)."""
+    if _grouped(rows, matrices, routing):
+        return F.grouped_mm(rows, matrices, offs=routing.ends)
+    out = rows.new_empty(len(rows), matrices.shape[2])
+    for x, m, y in zip(rows.split(routing.sizes), _of(matrices, routing), out.split(routing.sizes), strict=True):
+        torch.mm(x, m, out=y)
+    return out
+
+
+def _outer(left: Tensor, right: Tensor, like: Tensor, routing: Routing) -> Tensor:
+    """Each expert's sum over its rows of left (n, k) times right (n, l): (E, k, l), lying as ``like`` does."""
+    same = like.is_contiguous()
+    if (same or left.is_cuda) and _grouped(left.t(), right, routing):
+        out = F.grouped_mm(left.t(), right, offs=routing.ends)
+        return out if same else torch.empty_like(like).copy_(out)
+    out = torch.empty_like(like)  # keeps the strides
+    if len(routing.experts) < len(out):
+        out.zero_()
+    for x, y, m in zip(left.split(routing.sizes), right.split(routing.sizes), _of(out, routing), strict=True):
+        torch.mm(x.t(), y, out=m)
+    return out
+
+
+def _grouped(left: Tensor, right: Tensor, routing: Routing) -> bool:
+    """Whether torch multiplies such operands in one call, and without going through experts that have no rows."""
+    if left.is_cuda:
+        fits = left.dtype is torch.bfloat16 and torch.cuda.get_device_capability(left.device) >= (8, 0)
+    else:
+        fits = left.device.type == "cpu" and left.dtype is torch.float32 and not routing.few
+    return fits and _aligned(left) and _aligned(right)
+
+
+def _aligned(t: Tensor) -> bool:
+    """Whether the rows or the columns of its matrices lie side by side, each beginning at a multiple of 16 bytes."""
+    strides, size = list(t.stride()), t.element_size()
+    unit = next((i for i in (-1, -2) if strides[i] == 1), None)
+    if unit is None:
+        return False
+    del strides[unit]
+    return not any(stride * size % 16 for stride in strides) and t.data_ptr() % 16 == 0
+
+
 def _of(stack: Tensor, routing: Routing) -> Sequence[Tensor]:
     """The chosen experts' matrices."""
-    if 4 * len(routing.experts) < len(stack):
+    if routing.few:
         return [stack[e] for e in routing.experts]
     whole = stack.unbind(0)
     return whole if len(routing.experts) == len(whole) else [whole[e] for e in routing.experts]
@@ -133,35 +188,16 @@ def _backward(
 ) -> _Back:  # fmt: skip
     """The gradients of ``_products``; ``share`` (n, 1) weighs the rows in those of a and b, but not in that of rows."""
     weight, _, a, b = stack
-    dys = dy.split(routing.sizes)
-    dx = rows.new_empty(len(rows), weight.shape[2]) if needs[0] else None
-    dxs = [] if dx is None else dx.split(routing.sizes)
-    if dx is not None:
-        for g, out, w in zip(dys, dxs, _of(weight, routing), strict=True):
-            torch.mm(g, w, out=out)
-    if a is None or not any(needs):
-        return _Back(dx, None, None)
-    da, db = (torch.zeros_like(t) if need else None for t, need in zip((a, b), needs[1:], strict=True))
-    if needs[0] or needs[1]:
-        dh = dy.new_empty(len(dy), a.shape[1])
-        for g, out, up in zip(dys, dh.split(routing.sizes), _of(b, routing), strict=True):
-            torch.mm(g, up, out=out)
-        dh.mul_(scaling)
+    dx = _each(dy, weight, routing) if needs[0] else None
+    da = db = None
+    if a is not None and (needs[0] or needs[1]):
+        dh = _each(dy, b.mT, routing).mul_(scaling)
         if dx is not None:
-            for inner, out, down in zip(dh.split(routing.sizes), dxs, _of(a, routing), strict=True):
-                out.addmm_(inner, down)
-        if da is not None:
-            dh = dh if share is None else dh * share
-            for inner, x, out in zip(dh.split(routing.sizes), rows.split(routing.sizes), _of(da, routing), strict=True):
-                torch.mm(inner.t(), x, out=out)
-    if db is not None and h is not None:
-        h = h * scaling if share is None else h * (scaling * share)
-        few = len(dy) < 64 * len(routing.experts)
-        for inner, g, out in zip(h.split(routing.sizes), dys, _of(db, routing), strict=True):
-            if few:
-                torch.mm(g.t(), inner, out=out)
-            else:  # the thin operand first: half the time where the rows are many
-                out.copy_((inner.t() @ g).t())
+            dx.add_(_each(dh, a, routing))
+        if needs[1]:
+            da = _outer(dh if share is None else dh * share, rows, a, routing)
+    if h is not None and needs[2]:
+        db = _outer(h * scaling if share is None else h * (scaling * share), dy, b, routing)
     return _Back(dx, da, db)
 
 
@@ -173,7 +209,7 @@ class _Routed(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         out, kept = _run(x, weights, index, gate, scalings, tensors)
         ctx.gate, ctx.scalings, ctx.routing = gate, scalings, kept.routing
-        ctx.save_for_backward(x, weights, kept.inner, *kept.h, *tensors)
+        ctx.save_for_backward(x, weights, kept.inner, *kept.h, *kept.tensors)
         return out
 
     @staticmethod
