@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer import FourierFTConfig, ShiraConfig, WaveFTConfig, get_peft_model
-from veneer.ops import entries
+from veneer.ops import circulant, entries
 from veneer.ops.circulant import correlated
 from veneer.ops.rotation import turn, turn_pairs
 
@@ -55,6 +55,32 @@ def test_correlated_blocks(b: int) -> None:
     matrix = w[:, :, (i[None] - i[:, None]) % b].transpose(1, 2).reshape(3 * b, 2 * b)
     torch.testing.assert_close(correlated(x, w), x @ matrix.T)
     assert torch.autograd.gradcheck(correlated, (x, w))
+
+
+def test_layers_that_read_the_same_share_its_spectra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(circulant, "AT_HAND", 1)  # pieces of 32 rows
+    transformed = []
+    spectra = circulant._spectra
+    monkeypatch.setattr(circulant, "_spectra", lambda x: transformed.append(len(x)) or spectra(x))
+    x = torch.randn(40, 8, dtype=torch.float64)
+    wide, narrow = (torch.randn(rows, 2, 4, dtype=torch.float64, requires_grad=True) for rows in (3, 1))
+    one, two = correlated(x, wide), correlated(x, narrow)
+    assert transformed == [32, 8]
+    before = x.clone()
+    apart = [correlated(before, wide), correlated(before.clone(), narrow)]
+    assert all(map(torch.equal, (one, two), apart))
+    (one.sum() * two.sum()).backward()
+    grads = wide.grad.clone(), narrow.grad.clone()
+    wide.grad = narrow.grad = None
+    (apart[0].sum() * apart[1].sum()).backward()
+    torch.testing.assert_close(grads, (wide.grad, narrow.grad))
+    other, count = torch.randn_like(wide), len(transformed)
+    once = correlated(x, wide)  # a new pass, in which x may hold other numbers, written past all counts
+    assert transformed[count:] == [32, 8]
+    x.mul_(2)
+    torch.testing.assert_close(correlated(x, narrow), 2 * two)
+    del one, two, once, apart
+    assert circulant._shared(x, other) is None  # nobody waits for them, so they are gone
 
 
 def test_turned_pairs() -> None:
