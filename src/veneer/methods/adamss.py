@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Additive, Stacked
+from veneer.core.adapter import Stacked
+from veneer.core.cache import cached
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import columns
+from veneer.methods.sides import Factored, along, columns
 from veneer.ops.cluster import kmeans
+from veneer.ops.lowrank import LowRank
 
 
 @dataclass
@@ -94,7 +96,7 @@ class AdamssConfig(LayerConfig):
 
 
 @method("ADAMSS", AdamssConfig)
-class Adamss(Additive):
+class Adamss(Factored):
     """Low-rank changes of clusters of rows, all in one subspace of inputs."""
 
     def __init__(self, site: Site, config: AdamssConfig):
@@ -132,24 +134,26 @@ class Adamss(Additive):
         if self.order.is_meta and not self.adamss_newB.is_meta:
             self.order = torch.argsort(torch.cat(self.rows)).to(self.adamss_newB.device)
 
-    def joined(self) -> Tensor:
-        """The change of [W | b]."""
-        parts = [b @ (a @ self.adamss_newB) for a, b in zip(self.adamss_A, self.adamss_B)]
-        return torch.cat(parts)[self.order]
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.inner()[:, : columns(self.site)], self.outer()
 
-    def delta_weight(self) -> Tensor:
-        return self.joined()[:, : columns(self.site)].reshape(self.site.shape)
+    def inner(self) -> Tensor:
+        """A_c V^T of all clusters, one above the other: (total rank, in, + 1 with a bias)."""
+        return torch.cat(list(self.adamss_A)) @ self.adamss_newB
+
+    def outer(self) -> Tensor:
+        """B_c of all clusters, each in its rows and columns, else zero: (out, total rank)."""
+        return torch.block_diag(*self.adamss_B)[self.order]
 
     def delta_bias(self) -> Tensor | None:
-        return self.joined()[:, -1] if self.with_bias else None
+        return self.outer() @ self.inner()[:, -1] if self.with_bias else None
+
+    def low_rank(self) -> LowRank | None:
+        return None if self.with_bias else super().low_rank()
 
     def delta(self, x: Tensor) -> Tensor:
-        if self.site.kernel or self.site.kind == "embedding":
-            return super().delta(x)
-        newb = self.adamss_newB
-        h = torch.nn.functional.linear(x, newb[:, : x.shape[-1]], newb[:, -1] if self.with_bias else None)
-        parts = [h @ a.mT @ b.mT for a, b in zip(self.adamss_A, self.adamss_B)]
-        return torch.cat(parts, -1)[..., self.order]
+        y = super().delta(x)
+        return y if not self.with_bias else y + along(self.site, cached(self, "bias", self.delta_bias))
 
     def training_state(self) -> dict[str, Tensor]:
         names = ("smooth", "uncertain")

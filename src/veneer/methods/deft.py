@@ -21,7 +21,7 @@ from veneer.core.cache import cached
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import bias_of, channels, columns, factored, input_dropout, up
+from veneer.methods.sides import added, bias_of, channels, columns, down, input_dropout, up
 
 
 @dataclass
@@ -117,11 +117,13 @@ class Deft(Adapter):
         p, q = cached(self, "projector", self.projector)
         bias = bias_of(self.site, x, base, self._bias_trains)
         h = (z if bias is None else z - bias).to(p.dtype).movedim(channels(self.site), -1)
-        change = -up(self.site, h @ q, p)
+        h = -(h @ q)
         if self.deft_R is not None:
-            h = self.deft_dropout(x.to(p.dtype)) if x.is_floating_point() else x
-            change = change + factored(self.site, h, self.deft_R, self.scaling * p)
-        return z + change.to(z.dtype)
+            given = self.deft_dropout(x.to(p.dtype)) if x.is_floating_point() else x
+            h = h + self.scaling * down(self.site, given, self.deft_R)
+        if self.site.kernel or z.dtype is not p.dtype:
+            return z + up(self.site, h, p).to(z.dtype)
+        return added(z, h, p.mT)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> Weight:
         p, q = (t.to(weight) for t in self.projector())

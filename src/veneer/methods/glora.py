@@ -69,6 +69,8 @@ class GloraConfig(LayerConfig):
 class Glora(Reweight):
     """A weight and bias, each scaled and shifted."""
 
+    dense = True
+
     def __init__(self, site: Site, config: GloraConfig):
         super().__init__(site, config)
         out, k, r = site.out_features, columns(site), config.r

@@ -4,7 +4,8 @@
                                h <- act(h E_i^T),   h <- act(h D_i^T) + (what the matching encoder was given)
 
 A (r, out), B (out, r), E_i and D_i (r, r). B starts at zero, the rest Kaiming-uniform. Cost: 4 r in out FLOPs a step to
-build the change from the weight, and 2 N in out to apply it to N tokens; in eval it is built once.
+build the change from the weight, and twice that for the gradients; the sum of both runs the layer, whose gradient is
+2 N in out for N tokens, half of the frozen layer's step. In eval it is kept.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from veneer.core.adapter import Additive
+from veneer.core.cache import cached
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
@@ -79,6 +81,7 @@ class Peanut(Additive):
     """A small network that reads the weight and writes its change."""
 
     reads_weight = True
+    dense = True
 
     def __init__(self, site: Site, config: PeanutConfig):
         super().__init__(site, config)
@@ -92,6 +95,9 @@ class Peanut(Additive):
             nn.init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
         if config.init_weights:
             nn.init.zeros_(self.peanut_B.weight)
+
+    def delta(self, x: Tensor) -> Tensor:
+        return self.site(x, cached(self, "delta", self.delta_weight, self.site.weight))
 
     def delta_weight(self) -> Tensor:
         act = ACTIVATIONS[self.act]

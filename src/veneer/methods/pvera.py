@@ -16,12 +16,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Additive
 from veneer.core.config import LayerConfig, newer
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import down, factored, input_dropout, up
+from veneer.methods.sides import Factored, down, factored, input_dropout, up
 from veneer.methods.vera import Projections
+from veneer.ops.lowrank import LowRank
 
 
 @dataclass
@@ -61,7 +61,7 @@ class PveraConfig(LayerConfig):
 
 
 @method("PVERA", PveraConfig)
-class Pvera(Additive):
+class Pvera(Factored):
     """VeRA whose inner features are drawn from a normal distribution."""
 
     @classmethod
@@ -91,7 +91,7 @@ class Pvera(Additive):
         if not self.pvera_lambda_b.is_meta:
             self.shared.restore(self.pvera_lambda_b)
 
-    def mean_factors(self) -> tuple[Tensor, Tensor]:
+    def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in), B (out, r), scaled, without noise: dW = B A."""
         a, b = self.shared.cut(self.site)
         return self.pvera_lambda_d[: self.r, None] * a[: self.r], self.pvera_lambda_b[:, None] * b
@@ -99,9 +99,9 @@ class Pvera(Additive):
     def delta(self, x: Tensor) -> Tensor:
         x = self.pvera_dropout(x) if x.is_floating_point() else x
         if not (self.training or self.always):
-            return factored(self.site, x, *self.mean_factors())
+            return factored(self.site, x, *self.known_factors())
         a, b = self.shared.cut(self.site)
-        mu, logvar = down(self.site, x, self.pvera_lambda_d[:, None] * a).chunk(2, -1)  # (..., r)
+        mu, logvar = (down(self.site, x, a) * self.pvera_lambda_d).chunk(2, -1)  # (..., r)
         if self.kl_weight and self.training:
             self.last = (mu.square() + logvar.exp() - 1 - logvar).mean() / 2
         z = mu + (logvar / 2).exp() * self.noise(mu)
@@ -118,9 +118,8 @@ class Pvera(Additive):
     def penalty(self) -> Tensor | None:
         return None if self.last is None else self.kl_weight * self.last
 
-    def delta_weight(self) -> Tensor:
-        a, b = self.mean_factors()
-        return (b @ a).reshape(self.site.shape)
+    def low_rank(self) -> LowRank | None:
+        return None if self.training or self.always else super().low_rank()
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"generator": None, "last": None}

@@ -89,7 +89,7 @@ def pays(site: Site, rank: int) -> bool:
 class Factored(Additive):
     """W' = W + B A, from factors that are computed: a method writes ``factors``, and names its input's dropout."""
 
-    dropout: ClassVar[str]
+    dropout: ClassVar[str | None] = None
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r), scales included."""
@@ -102,10 +102,12 @@ class Factored(Additive):
     def low_rank(self) -> LowRank | None:
         if self.site.kind != "linear":
             return None
-        return LowRank(*self.known_factors(), 1.0, getattr(self, self.dropout).p if self.training else 0.0)
+        dropout = 0.0 if self.dropout is None or not self.training else getattr(self, self.dropout).p
+        return LowRank(*self.known_factors(), 1.0, dropout)
 
     def delta(self, x: Tensor) -> Tensor:
-        x = getattr(self, self.dropout)(x) if x.is_floating_point() else x
+        if self.dropout is not None and x.is_floating_point():
+            x = getattr(self, self.dropout)(x)
         return factored(self.site, x, *self.known_factors())
 
     def delta_weight(self) -> Tensor:

@@ -17,11 +17,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Additive
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import columns, factored, input_dropout
+from veneer.methods.sides import Factored, columns, input_dropout
 from veneer.ops.factor import top_svd
 
 
@@ -84,10 +83,11 @@ class LoraXSConfig(LayerConfig):
             raise ValueError(f"`r` should be a positive integer value but the value passed is {self.r}.")
 
 
-class BetweenFactors(Additive):
+class BetweenFactors(Factored):
     """dW = B R A between a weight's own singular directions; a method writes ``middle``."""
 
     prefix: ClassVar[str]
+    dropout = "input_dropout"
 
     def __init__(self, site: Site, config: Any):
         super().__init__(site, config)
@@ -96,7 +96,7 @@ class BetweenFactors(Additive):
             raise ValueError(
                 f"r={config.r} singular directions are wanted of '{site.path}', whose weight has only {most}; lower r."
             )
-        self.dropout = input_dropout(site, getattr(config, f"{self.prefix}_dropout"), f"{self.prefix}_dropout")
+        self.input_dropout = input_dropout(site, getattr(config, f"{self.prefix}_dropout"), f"{self.prefix}_dropout")
         u, s, v = top_svd(site.weight.flatten(1), config.r)
         a, b = (s.sqrt()[:, None] * v.mT), u * s.sqrt()
         if site.kind == "embedding":  # the file's factors are those of the stored table (vocab, dim)
@@ -114,14 +114,6 @@ class BetweenFactors(Additive):
         if self.site.kind == "embedding":
             return b.mT, (r @ a).mT
         return a, b @ r
-
-    def delta(self, x: Tensor) -> Tensor:
-        x = self.dropout(x) if x.is_floating_point() else x
-        return factored(self.site, x, *self.factors())
-
-    def delta_weight(self) -> Tensor:
-        a, b = self.factors()
-        return (b @ a).reshape(self.site.shape)
 
 
 class Vectors(nn.Module):

@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Additive
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import columns, factored, input_dropout
+from veneer.methods.sides import Factored, columns, input_dropout
 
 
 @dataclass
@@ -94,11 +93,12 @@ class Theta(nn.Module):
 
 
 @method("UNILORA", UniLoraConfig)
-class UniLora(Additive):
+class UniLora(Factored):
     """Low-rank factors read off one shared vector."""
 
     zero_start = False
     takes_shared = True
+    dropout = "unilora_dropout"
 
     @classmethod
     def plan(cls, config: UniLoraConfig, sites: Sequence[Site]) -> Theta:
@@ -128,14 +128,6 @@ class UniLora(Additive):
         """A (r, in), B (out, r): dW = B A."""
         theta = self.shared.unilora_theta_d * self.shared.scale
         return theta[self.unilora_indices_A], theta[self.unilora_indices_B]
-
-    def delta(self, x: Tensor) -> Tensor:
-        x = self.unilora_dropout(x) if x.is_floating_point() else x
-        return factored(self.site, x, *self.factors())
-
-    def delta_weight(self) -> Tensor:
-        a, b = self.factors()
-        return (b @ a).reshape(self.site.shape)
 
     # ---- the peer's files hold the scale of every entry beside its index --------------------------------------------
     def outgoing(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
