@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,33 +11,27 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.func import functional_call
 
-from veneer.core import lean, quant
-from veneer.core.adapter import Adapter, Base, Reweight, Weight
+from veneer.core import lean
+from veneer.core.adapter import Adapter, Base, Reweight
 from veneer.core.cache import cached
-from veneer.core.sites import Parameters, Site
+from veneer.core.sites import Site
 from veneer.engine import experts_path
+from veneer.engine.by_rows import by_rows
 from veneer.engine.compiled import switchable, switched, twins
-from veneer.engine.folding import calling, fold, known, stand_around
+from veneer.engine.folding import calling, stand_around
 from veneer.engine.lowrank_path import LowRankPath, path
-from veneer.engine.packed_merge import DEQUANTIZE, REQUANTIZE, Loss, Way
+from veneer.engine.mergeable import Mergeable
+from veneer.engine.mergeable import hosts as hosts
 from veneer.engine.state import BASE as BASE
 from veneer.engine.state import State as State
 
 
-class Adapted(nn.Module):
+class Adapted(Mergeable):
     """A layer with named adapters around it, of any methods, side by side."""
 
     is_adapted = True
-    site: Site
-    state: State
     number: int
     """Of the wrapper, for the switchboard."""
-    gains: dict[str, float | Tensor]
-    original: Parameters | tuple[nn.Module] | None = None
-    """What a merge put aside."""
-    lent: Parameters | None = None
-    guest: Parameters | None = None
-    merged_names: tuple[str, ...] = ()
     _decided: int = -1
     _names: tuple[str, ...] | list[str] = ()
     _path: LowRankPath | None = None
@@ -108,7 +102,7 @@ class Adapted(nn.Module):
             if not isinstance(adapter, Reweight):
                 return adapter(args[0], layer)
         if state.route is not None:
-            return self._mixed(state.route, args, kwargs)
+            return by_rows(self, state.route, args, kwargs)
         if not self._names:
             return self._modules["base_layer"](*args, **kwargs)
         x, args = self._first(args, kwargs)
@@ -221,13 +215,6 @@ class Adapted(nn.Module):
         prefixed = {depth + name: value for name, value in new.items()}
         return lambda h: functional_call(self.base_layer, prefixed, (h, *args), kwargs)
 
-    def _gain(self, name: str) -> float | Tensor | None:
-        gain, here = self.state.gains.get(name), self.gains.get(name)
-        gain = gain.get(self.site.path) if isinstance(gain, dict) else gain
-        if gain is None or here is None:
-            return here if gain is None else gain
-        return gain * here
-
     def _reweighted(self, inside: list[tuple[str, Adapter]], args: tuple, kwargs: dict[str, Any]) -> Base:
         if self.site.kind == "parameter":
             short = experts_path.way(list(hosts(self)), [name for name, _ in inside], args, kwargs)
@@ -239,167 +226,6 @@ class Adapted(nn.Module):
         if self.site.maps_input:
             return lambda h: self.site(h, weight, bias, *args, **kwargs)
         return self._overridden(self.site.replaced(weight, bias), args, kwargs)
-
-    def _fold(self, inside: Iterable[tuple[str, Adapter]], weight: Tensor | None = None) -> Weight:
-        """``merged`` of each adapter over (W, b), in the adapters' dtype (at least float32); W: the layer's own."""
-        pairs = [(adapter, self._gain(name)) for name, adapter in inside]
-        return fold(pairs, self.site.weight if weight is None else weight, self._inner_bias())
-
-    def _inner_bias(self) -> Tensor | None:
-        """The layer's bias, or the one that an active adapter of an inner wrapper puts in its place."""
-        bias = self.site.bias
-        for host in hosts(self.base_layer):
-            for name in self.state.active:
-                if name in host.adapters and name not in host.merged_names:
-                    bias = (host.adapters[name].overrides() or {}).get("bias", bias)
-        return bias
-
-    def _mixed(self, route: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> Any:
-        chain = list(hosts(self))
-        bare = chain[-1].base_layer
-        here = [n for n in dict.fromkeys(route) if any(n in host.adapters for host in chain)]
-        if not here:
-            return bare(*args, **kwargs)
-        x, args = self._first(args, kwargs)
-        dim = self.site.batch_dim
-        rows = self.state.rows(x.shape[dim], x.device)
-        y = bare(x, *args, **kwargs)  # once, for all rows
-        # What a module takes besides x, and layers inside it, cannot be cut into rows: such a one runs whole.
-        # So does an adapter that looks at the model's inputs, which are those of all rows.
-        whole = len(chain) > 1 or args or kwargs or self.site.kind in ("parameter", "opaque")
-        whole = whole or any(self.adapters[n].wants for n in here if n in self.adapters)
-        for name in here:
-            own = rows[name]
-            if whole:
-                with self.state.only(name):
-                    part = _rows_of(self(x, *args, **kwargs), own, dim)
-            else:
-                part = x.index_select(dim, own)
-                part = self.around((name,), known(bare, part, _rows_of(y, own, dim)))(part)
-            y = _put_rows(y, own, part, dim)
-        return y
-
-    # ---- merging ----------------------------------------------------------------------------------------------------
-    def fold_in(
-        self,
-        names: Iterable[str],
-        check: bool = True,
-        keep: torch.device | str | None = None,
-        way: Way = DEQUANTIZE,
-    ) -> Loss | None:
-        """Fold the named adapters into new parameters and put those in; the old objects are kept for ``fold_out``.
-
-        Args:
-            names: adapters.
-            check: refuse a result that is not finite.
-            keep: device that holds the old objects meanwhile.
-            way: what a packed layer becomes.
-
-        Returns:
-            For a packed layer: what storing the sum costs there.
-
-        Raises:
-            ValueError: an adapter cannot be merged here, or the result is not finite.
-        """
-        names = [n for n in names if n in self.adapters]
-        if not names:
-            return None
-        before = self.merged_names
-        self.fold_out()  # what was merged before is folded again together with the new ones
-        names = [*before, *(n for n in names if n not in before)]
-        overrides = {k: v for n in names for k, v in (self.adapters[n].overrides() or {}).items()}
-        if overrides:
-            self.original = self.site.put({k: nn.Parameter(v.detach().clone(), False) for k, v in overrides.items()})
-            self.merged_names = tuple(names)
-            self.state.renew()
-            return None
-        ordered = [
-            (n, self.adapters[n]) for n in sorted(names, key=lambda n: not isinstance(self.adapters[n], Reweight))
-        ]
-        row = quant.backend(self.site.module)
-        with torch.no_grad():
-            weight, bias = self._fold(ordered)
-            exact = weight
-            if row is not None and not isinstance(way, str):
-                weight, bias = self._fold(ordered, self._given(way, ordered))
-        dtype = self.site.dtype
-        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-        if check and not (_finite(weight) and (bias is None or _finite(bias))):
-            self.fold_in(before, check=False, keep=keep, way=way)
-            raise ValueError(
-                f"NaNs detected in the merged weights: with {', '.join(names)}, those of '{self.site.path}' are not "
-                "finite; nothing was merged. The adapter seems to be broken."
-            )
-        loss = None
-        if row is None:
-            self.original = self.site.swap(weight, bias)
-        else:
-            loss = self._settle_packed(row, exact, weight, bias, way)
-        self.merged_names = tuple(names)
-        self.state.renew()
-        if keep is not None:
-            _moved(self.original, torch.device(keep))
-        return loss
-
-    def _given(self, way: Mapping[str, Tensor], own: list[tuple[str, Adapter]]) -> Tensor:
-        """The original weight of this layer, as its site shows weights."""
-        path, shape = self.site.path, self.site.shape
-        moved = [name for name, adapter in own if adapter.residual is not None]
-        if moved:
-            raise ValueError(
-                f"Adapter '{moved[0]}' replaced the base weight of '{path}' at its start, so its sum with the original "
-                "weight means nothing; merge with quantized='dequantize'."
-            )
-        if path not in way:
-            raise ValueError(f"The original weights hold none for '{path}'.")
-        weight = self.site._stored_form(way[path])
-        if tuple(weight.shape) != shape:
-            raise ValueError(f"The original weight of '{path}' has shape {tuple(weight.shape)}, not {shape}.")
-        return weight.to(self.site.device)
-
-    def _settle_packed(self, row: quant.Backend, exact: Tensor, weight: Tensor, bias: Tensor | None, way: Way) -> Loss:
-        """Put a sum into a packed layer's place, and measure what is left of it."""
-        site, before = self.site, self.site.weight.to(exact)
-        if way == REQUANTIZE:
-            self.original = site.swap(weight, bias)
-        elif row.plain:
-            self.original = site.swap(weight, bias, dense=True)
-        else:
-            self.original = self.exchange((quant.dense_layer(site.module, weight, bias),))
-        return Loss.between(site.weight.to(exact), exact, before)
-
-    def exchange(self, original: Parameters | tuple[nn.Module]) -> Parameters | tuple[nn.Module]:
-        """Put a layer's parameters, or a layer, in its place; returns what was there."""
-        if isinstance(original, dict):
-            return self.site.put(original)
-        *_, innermost = hosts(self)
-        old, innermost.base_layer = innermost.base_layer, original[0]
-        self.sync()
-        return (old,)
-
-    def sync(self) -> None:
-        """Have the site show the layer that runs now: a dense one may stand in for a packed one."""
-        *_, innermost = hosts(self)
-        self.site.module = innermost.base_layer
-
-    def fold_out(self) -> None:
-        """Put the very parameter objects back that were there before ``fold_in``."""
-        if self.original is None:
-            return
-        self.sync()
-        _moved(self.original, self.site.device)
-        self.exchange(self.original)
-        self.original, self.merged_names = None, ()
-        self.state.renew()
-
-    def lend(self, residual: Parameters | None) -> None:
-        """Have ``residual`` stand in for the layer's own parameters, or, with None, have those back."""
-        if self.guest is residual:
-            return
-        if self.lent is not None:
-            self.site.put(self.lent)
-        self.lent = None if residual is None else self.site.put(residual)
-        self.guest = residual
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapted:
         super()._apply(fn, recurse)
@@ -432,43 +258,6 @@ class Adapted(nn.Module):
         return found if found else getattr(self.base_layer, name)
 
 
-def _finite(t: Tensor) -> bool:
-    """Whether all entries are: the least and the largest tell, in one pass and without a tensor of answers."""
-    return t.numel() == 0 or all(bool(torch.isfinite(end)) for end in torch.aminmax(t))
-
-
 def _device(layer: nn.Module) -> torch.device:
     lead = next((p for p in layer._parameters.values() if p is not None), None)
     return torch.device("cpu") if lead is None else lead.device
-
-
-def _moved(original: Parameters | tuple[nn.Module] | None, device: torch.device) -> None:
-    if isinstance(original, tuple):
-        original[0].to(device)
-    for parameter in (original or {}).values() if not isinstance(original, tuple) else ():
-        if parameter is not None and parameter.device != device:
-            parameter.data = parameter.data.to(device)
-
-
-def _rows_of(value: Any, rows: Tensor, dim: int) -> Any:
-    if isinstance(value, Tensor):
-        return value.index_select(dim, rows)
-    if isinstance(value, tuple):
-        return tuple(_rows_of(v, rows, 0 if i else dim) for i, v in enumerate(value))
-    return value
-
-
-def _put_rows(whole: Any, rows: Tensor, part: Any, dim: int) -> Any:
-    if isinstance(whole, Tensor):
-        return whole.index_copy(dim, rows, part.to(whole.dtype))
-    if isinstance(whole, tuple):
-        both = enumerate(zip(whole, part, strict=True))
-        return tuple(_put_rows(w, rows, p, 0 if i else dim) for i, (w, p) in both)
-    return whole
-
-
-def hosts(module: nn.Module) -> Iterator[Adapted]:
-    """The wrappers of one layer, outermost first."""
-    while isinstance(module, Adapted):
-        yield module
-        module = module.base_layer

@@ -31,7 +31,8 @@ class _Correlated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, scale: float) -> Tensor:
         (rows, columns, b), trained = w.shape, ctx.needs_input_grad[1]
-        spectra = _shared(x, w) if trained else None
+        shares = trained and not torch.compiler.is_compiling()
+        spectra = _shared(x, w) if shares else None
         kernel, some = _kernel(w, x, scale).mT.conj(), _some(x, max(rows, columns) * b)
         parts = (_spectra(part) for part in x.reshape(-1, columns, b).split(some)) if spectra is None else spectra
         y = x.new_empty(*x.shape[:-1], rows * b)
@@ -41,7 +42,7 @@ class _Correlated(torch.autograd.Function):
             _put(part.bmm(kernel), flat[start:end])
             start = end
             kept += [part] if trained else []
-        if trained and spectra is None:
+        if shares and spectra is None:
             _share(x, w, kept)
         ctx.scale = scale
         ctx.save_for_backward(w, *kept)
