@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.config import PeftConfig, TaskType
+from veneer.core.placed import Placed
 
 KeysValues = list[tuple[Tensor, Tensor]]
 """For each layer its keys and values, ``(batch, heads, length, head_dim)`` each."""
@@ -98,7 +99,7 @@ def sizes(model: nn.Module) -> Sizes:
     return Sizes(width, layers, heads, kv_heads, head_dim, context)
 
 
-class Prompt(nn.Module):
+class Prompt(Placed):
     """One prompt method's parameters for one model.
 
     A method overrides ``embeddings`` (rows read before the text) or ``keys_values`` (keys and values read before it).
@@ -122,8 +123,6 @@ class Prompt(nn.Module):
     fixed: frozenset[str] = frozenset()
     """Names of own parameters that are saved but never trained."""
     length: int
-    at_device: torch.device
-    at_dtype: torch.dtype
 
     @classmethod
     def on(cls, model: nn.Module, config: Any) -> Prompt:
@@ -175,16 +174,6 @@ class Prompt(nn.Module):
     def after_forward(self, output: Any, given: dict[str, Any]) -> Any:
         """The model's output, or the same with another loss. ``given``: what the model was called with."""
         return output
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model reads its embeddings."""
-        return self.at_device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The model's embedding dtype."""
-        return self.at_dtype
 
 
 def _input_embedding(model: nn.Module) -> Any:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import without_graphs
 from veneer.core.config import PeftConfig
+from veneer.core.placed import Placed
 
 PerLayer = dict[str, Tensor]
 """layer's path -> a gain that broadcasts to the layer's output."""
 
 
-class Root(nn.Module):
+class Root(Placed):
     """One method's parameters for a whole model, and the adapters (members) that it governs.
 
     While a root is active, its members are active too, each at the strength that ``gains`` says for the call. Its
@@ -60,16 +60,3 @@ class Root(nn.Module):
     def gains(self, hidden: Tensor) -> dict[str, PerLayer]:
         """Member -> layer -> gain, from the last hidden state (batch, length, dim) of the first pass."""
         raise NotImplementedError
-
-    @property
-    def device(self) -> torch.device:
-        """Where its own parameters are wanted."""
-        return self.at_device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The model's dtype."""
-        return self.at_dtype
-
-    at_device: torch.device
-    at_dtype: torch.dtype

@@ -287,15 +287,6 @@ class LoraWeight(Lora):
             )
         self.lora_A, self.lora_B = site.factors(config.r * (site.stack or 1))
 
-    def merged(self, weight: Tensor, bias: Tensor | None) -> Weight:
-        a, b = self.matrices()
-        if weight.dim() != 2 or a.dim() != 2 or isinstance(self.scaling, Tensor):
-            return super().merged(weight, bias)
-        change = self.delta_bias()
-        if change is not None:
-            bias = change.to(weight) if bias is None else bias + change.to(bias)
-        return torch.addmm(weight, b.to(weight), a.to(weight), alpha=self.scaling), bias  # in one pass over W
-
     def matrices(self, factors: Factors | None = None) -> Factors:
         (a, b), stack = factors or self.factors(), self.site.stack
         if stack is None:

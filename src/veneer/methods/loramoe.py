@@ -14,18 +14,16 @@ base layer: 2 E r (in + out) + 2 E in FLOPs; it depends on the input, so it cann
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from veneer.core.adapter import Adapter, Base
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.ops.gating import gated_lowrank
+from veneer.methods.lora_experts import LoraExperts
 
 
 @dataclass
@@ -68,47 +66,26 @@ class LoraMoeConfig(LayerConfig):
 
 
 @method("LORAMOE", LoraMoeConfig)
-class LoraMoe(Adapter):
+class LoraMoe(LoraExperts):
     """Densely gated LoRA experts of two kinds around one linear layer."""
 
+    prefix = "loramoe"
     wants = frozenset({"attention_mask", "sample_types"})
 
     def __init__(self, site: Site, config: LoraMoeConfig):
-        super().__init__(site, config)
-        site.need_linear("LoRAMoE gates the tokens of")
-        self.scaling, self.delta_, self.balance_weight = (
-            config.lora_alpha / config.r,
-            config.delta,
-            config.balance_weight,
-        )
-        self.knowledge = config.knowledge_experts
-        self.dropout = nn.Dropout(config.lora_dropout)
-        self.loramoe_A = nn.Parameter(torch.empty(config.experts, config.r, site.in_features))
-        self.loramoe_B = nn.Parameter(torch.zeros(config.experts, site.out_features, config.r))
-        self.loramoe_router = nn.Parameter(torch.empty(config.experts, site.in_features))
-        for expert in self.loramoe_A.data:
-            nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
-        nn.init.kaiming_uniform_(self.loramoe_router, a=math.sqrt(5))
-        self._gates: Tensor | None = None
+        super().__init__(site, config, config.experts, "LoRAMoE gates the tokens of")
+        self.knowledge, self.delta_ = config.knowledge_experts, config.delta
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        y = base(x)
-        h = x.to(self.loramoe_A.dtype)
-        gates = (h @ self.loramoe_router.T).float().softmax(-1)
-        self._gates = gates if self.training else None
-        return y + (self.scaling * gated_lowrank(self.dropout(h), self.loramoe_A, self.loramoe_B, gates)).to(y.dtype)
-
-    @property
-    def routed(self) -> Tensor | None:
-        """(..., experts): the gates of the last training forward."""
-        return self._gates
+    def gates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        p = logits.float().softmax(-1)
+        return p, p
 
     def penalty(self) -> Tensor | None:
-        if self._gates is None or not self.balance_weight:
+        if self.routed is None or not self.balance_weight:
             return None
         inputs = self.site.inputs
         return self.balance_weight * localised_balance(
-            self._gates, self.knowledge, self.delta_, inputs.get("sample_types"), inputs.get("attention_mask")
+            self.routed, self.knowledge, self.delta_, inputs.get("sample_types"), inputs.get("attention_mask")
         )
 
 

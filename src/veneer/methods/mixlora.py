@@ -12,7 +12,6 @@ where even). B starts at zero, so the start is the base model. It depends on the
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,6 +24,7 @@ from veneer.core.registry import method
 from veneer.core.sites import Site
 from veneer.methods.lora import Lora
 from veneer.methods.lora_config import LoraConfig
+from veneer.methods.lora_experts import expert_factors
 from veneer.methods.mola import balance
 from veneer.ops.gating import top_k_softmax
 
@@ -97,11 +97,9 @@ class MixLora(Adapter):
         self.dropout = nn.Dropout(config.lora_dropout)
         d, f = block.gate_proj.in_features, block.gate_proj.out_features
         for name, (wide, out) in {"gate": (d, f), "up": (d, f), "down": (f, d)}.items():
-            a = nn.Parameter(torch.empty(config.experts, config.r, wide))
-            for expert in a.data:
-                nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
+            a, b = expert_factors(config.experts, config.r, wide, out)
             self.register_parameter(f"mixlora_{name}_A", a)
-            self.register_parameter(f"mixlora_{name}_B", nn.Parameter(torch.zeros(config.experts, out, config.r)))
+            self.register_parameter(f"mixlora_{name}_B", b)
         self.mixlora_router = nn.Parameter(config.router_init * torch.randn(config.experts, d))
         self._routing: tuple[Tensor, Tensor] | None = None
 

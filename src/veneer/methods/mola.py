@@ -11,7 +11,6 @@ cannot be merged.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -20,11 +19,11 @@ import regex
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, Base
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.ops.gating import gated_lowrank, load_balance, top_k_softmax
+from veneer.methods.lora_experts import LoraExperts
+from veneer.ops.gating import load_balance, top_k_softmax
 
 PRESETS = {"2468": [2, 4, 6, 8], "8642": [8, 6, 4, 2], "8228": [8, 2, 2, 8], "5555": [5, 5, 5, 5], "8888": [8, 8, 8, 8]}
 """The paper's allocations: experts in each quarter of the layers, from the input up."""
@@ -82,10 +81,10 @@ class MolaConfig(LayerConfig):
 
 
 @method("MOLA", MolaConfig)
-class Mola(Adapter):
+class Mola(LoraExperts):
     """Routed LoRA experts around one linear layer."""
 
-    wants = frozenset({"attention_mask"})
+    prefix = "mola"
 
     @classmethod
     def plan(cls, config: MolaConfig, sites: Sequence[Site]) -> nn.Module | None:
@@ -97,33 +96,11 @@ class Mola(Adapter):
         return None
 
     def __init__(self, site: Site, config: MolaConfig):
-        super().__init__(site, config)
-        site.need_linear("MoLA routes the tokens of")
-        self.scaling, self.top_k, self.balance_weight = (
-            config.lora_alpha / config.r,
-            config.top_k,
-            config.balance_weight,
-        )
-        self.dropout = nn.Dropout(config.lora_dropout)
-        self.mola_A = nn.Parameter(torch.empty(site.experts, config.r, site.in_features))
-        self.mola_B = nn.Parameter(torch.zeros(site.experts, site.out_features, config.r))
-        self.mola_router = nn.Parameter(torch.empty(site.experts, site.in_features))
-        for expert in self.mola_A.data:
-            nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
-        nn.init.kaiming_uniform_(self.mola_router, a=math.sqrt(5))
-        self._routing: tuple[Tensor, Tensor] | None = None
+        super().__init__(site, config, site.experts, "MoLA routes the tokens of")
+        self.top_k = config.top_k
 
-    def forward(self, x: Tensor, base: Base) -> Tensor:
-        y = base(x)
-        h = x.to(self.mola_A.dtype)
-        gates, p = top_k_softmax(h @ self.mola_router.T, self.top_k)
-        self._routing = (gates, p) if self.training else None
-        return y + (self.scaling * gated_lowrank(self.dropout(h), self.mola_A, self.mola_B, gates)).to(y.dtype)
-
-    @property
-    def routed(self) -> Tensor | None:
-        """(..., experts): the gates of the last training forward."""
-        return None if self._routing is None else self._routing[0]
+    def gates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return top_k_softmax(logits, self.top_k)
 
     def penalty(self) -> Tensor | None:
         return balance(self._routing, self.balance_weight, self.site.inputs.get("attention_mask"))
