@@ -52,6 +52,14 @@ class _Buffer:
         return True
 
 
+def evaluated(closure: Callable[[], float] | None) -> float | None:
+    """What a step's closure gives, gradients on; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class FlatAdamW(Optimizer):
     """``torch.optim.AdamW`` over flat buffers.
 
@@ -111,10 +119,7 @@ class FlatAdamW(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; parameters without a gradient stay as they are."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             for buffer in self._of(group):
                 self._step(group, buffer)

@@ -21,7 +21,7 @@ from torch.optim import AdamW, Optimizer
 
 from veneer.hf.state_dict import tuner_of
 from veneer.methods.lora import Lora
-from veneer.train.flat import FlatAdamW
+from veneer.train.flat import FlatAdamW, evaluated
 
 DAMPING = 1e-8
 
@@ -273,10 +273,7 @@ class LoraPro(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One step; the gradients of the factors are read together."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = evaluated(closure)
         for group in self.param_groups:
             seen = {id(p) for pair in self._of(group) for p in pair.parameters}
             for pair in self._of(group):
