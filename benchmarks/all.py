@@ -35,6 +35,8 @@ def draw(results: Path) -> Path:
     ratios = {}
     for file in sorted(results.glob("*.json")):
         rows = json.loads(file.read_text())
+        if not isinstance(rows, dict):  # of a benchmark that compares with something else
+            continue
         for ours in [name for name in rows if name.startswith("veneer")]:
             theirs = ours.replace("veneer", "peft")
             if theirs in rows:

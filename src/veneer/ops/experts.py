@@ -86,30 +86,36 @@ def routed(x: Tensor, index: Tensor, weights: Tensor, first: Stack, second: Stac
     return _run(x, weights, index, gate, scalings, tensors)[0]
 
 
-def _laid(up: Tensor) -> Tensor:
-    """(E, r, out) with the outputs side by side: one transposition away from a parameter whose experts are."""
-    return up.transpose(0, 1).flatten(0, 1).contiguous().unflatten(0, up.shape[1::-1]).transpose(0, 1)
+def _laid(tensors: Sequence[Any], routing: Routing) -> Sequence[Any]:
+    """The same, and in each b (E, r, out) the outputs side by side, for products with most of them.
+
+    That is one transposition away from a parameter whose experts lie side by side. It is done again for the backward
+    pass: a copy of all experts' b would be the largest thing that is kept.
+    """
+    if routing.few:
+        return tensors
+    return [
+        t if t is None or i % 4 < 3 or t.stride(2) == 1 else
+        t.transpose(0, 1).flatten(0, 1).contiguous().unflatten(0, t.shape[1::-1]).transpose(0, 1)
+        for i, t in enumerate(tensors)
+    ]  # fmt: skip
 
 
 class _Kept(NamedTuple):
     routing: Routing
     inner: Tensor
     h: tuple[Tensor | None, Tensor | None]
-    tensors: list[Tensor | None]
-    """As given, the factors laid as the products want them."""
 
 
 def _run(
     x: Tensor, weights: Tensor, index: Tensor, gate: Gate, scalings: tuple[float, float], tensors: Sequence[Any]
 ) -> tuple[Tensor, _Kept]:
     routing = sorted_by_expert(index, tensors[0].shape[0])
-    if not routing.few:
-        tensors = [t if t is None or i % 4 < 3 else _laid(t) for i, t in enumerate(tensors)]
+    tensors = _laid(tensors, routing)
     inner, h1 = _products(x.index_select(0, routing.token), routing, tensors[:4], scalings[0])
     rows, h2 = _products(gate(inner), routing, tensors[4:], scalings[1])
     rows.mul_(weights.reshape(-1).index_select(0, routing.order)[:, None].to(rows.dtype))
-    kept = _Kept(routing, inner, (h1, h2), list(tensors))
-    return torch.zeros_like(x).index_add_(0, routing.token, rows), kept
+    return torch.zeros_like(x).index_add_(0, routing.token, rows), _Kept(routing, inner, (h1, h2))
 
 
 def _products(rows: Tensor, routing: Routing, stack: Sequence[Any], scaling: float) -> tuple[Tensor, Tensor | None]:
@@ -209,7 +215,7 @@ class _Routed(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         out, kept = _run(x, weights, index, gate, scalings, tensors)
         ctx.gate, ctx.scalings, ctx.routing = gate, scalings, kept.routing
-        ctx.save_for_backward(x, weights, kept.inner, *kept.h, *kept.tensors)
+        ctx.save_for_backward(x, weights, kept.inner, *kept.h, *tensors)
         return out
 
     @staticmethod
@@ -217,6 +223,7 @@ class _Routed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weights, inner, h1, h2, *tensors = ctx.saved_tensors
         routing, needs = ctx.routing, ctx.needs_input_grad
+        tensors = _laid(tensors, routing)
         dy = grad.index_select(0, routing.token)
         share = weights.reshape(-1).index_select(0, routing.order)[:, None].to(dy.dtype)
         with torch.enable_grad():
