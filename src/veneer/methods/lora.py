@@ -98,7 +98,9 @@ class Lora(Additive):
     def __init__(self, site: Site, config: LoraConfig):
         super().__init__(site, config)
         # Past torch's own way to set attributes: a large model has thousands of these.
-        self.__dict__.update(r=config.r, lora_alpha=config.lora_alpha, scaling=config.scaling, arriving=None)
+        self.__dict__.update(
+            r=config.r, lora_alpha=config.lora_alpha, scaling=config.scaling, arriving=None, rested=None
+        )
         self.__dict__.update(splits=lora_split.splits(config.init_lora_weights), lora_dropout=NO_DROPOUT)
         self._buffers.update(start_A=None, start_B=None)
         self._non_persistent_buffers_set.update(self._buffers)

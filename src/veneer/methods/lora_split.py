@@ -66,16 +66,26 @@ def split(lora: Lora, a: Tensor, b: Tensor) -> None:
     for name, own in zip(("start_A", "start_B"), lora.matrices(), strict=True):
         lora.register_buffer(name, own.detach().clone(), persistent=False)
     rest(lora)
+    lora.rested = _read(lora)
+
+
+def _read(lora: Lora) -> list[tuple[Tensor, int]]:
+    """What ``rest`` reads, as it is now."""
+    read = (lora.start_A, lora.start_B, lora.site.stored)
+    return [(t, 0 if t.is_inference() else t._version) for t in read]
 
 
 @torch.no_grad()
 def rest(lora: Lora) -> None:
     """Have W - s B0 A0 stand in for the base weight, computed in float32 from the factors as they are stored."""
-    a, b = lora.start_A, lora.start_B
     w = lora.site.weight.detach()
     wide = torch.promote_types(w.dtype, torch.float32)
-    moved = lora.scaling * (b.to(w.device, wide) @ a.to(w.device, wide))
-    lora.rebase((w.to(wide) - moved.reshape(w.shape)).to(w.dtype))
+    a, b = (t.to(w.device, wide) for t in (lora.start_A, lora.start_B))
+    if a.dim() == 2:
+        left = torch.addmm(w.to(wide).flatten(1), b, a, alpha=-lora.scaling)  # in one pass over W
+    else:
+        left = w.to(wide) - lora.scaling * (b @ a).reshape(w.shape)
+    lora.rebase(left.reshape(w.shape).to(w.dtype))
 
 
 def doubled(lora: Lora, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,7 +119,11 @@ def arrive(lora: Lora) -> None:
         for name, own, new in zip(("start_A", "start_B"), lora.factors(), lora.arriving, strict=True):
             lora.register_buffer(name, new.detach().to(own, copy=True).contiguous(), persistent=False)
         lora.arriving = None
-    if lora.start_A is not None:
+    before, lora.rested = lora.rested, None
+    if lora.start_A is None:
+        return
+    same = before is not None and all(t is u and v == w for (t, v), (u, w) in zip(before, _read(lora), strict=True))
+    if not same:  # cast or moved since the start, or loaded
         rest(lora)
 
 
