@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -216,6 +217,22 @@ def test_bias_all_trains_every_bias_and_restores_exactly() -> None:
     tuner.merge()
     assert torch.allclose(tuner(IDS), y, atol=1e-5)
     assert torch.equal(tuner.unload()(IDS), base)
+
+
+def test_switching_finds_what_has_been_built_into_an_adapter_since() -> None:
+    tuner, _ = made()
+    tuner.add("b", config())
+    tuner.set_active("b")
+    layer = tuner.hosts("default")[0].adapters["default"].lora_A
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    copy = pickle.loads(pickle.dumps(tuner.hosts("b")[0].adapters["b"].lora_A))
+    tuner.hosts("b")[0].adapters["b"].lora_A = copy
+    tuner.hosts("b")[0].settle()
+    tuner.set_active("default")
+    assert all(p.requires_grad for p in layer.parameters()) and len(list(layer.parameters())) == 2
+    assert not copy.weight.requires_grad
+    tuner.set_active("b")
+    assert not any(p.requires_grad for p in layer.parameters()) and copy.weight.requires_grad
 
 
 def test_frozen_adapters_stay_frozen_and_only_active_ones_train() -> None:

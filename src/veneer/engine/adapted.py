@@ -110,6 +110,7 @@ class Adapted(Mergeable):
 
     def settle(self) -> None:
         """Take note of adapters that came or went, or got other tensors or scalings."""
+        self.state.settled += 1
         self.state.renew()
         if self.twins is not None:
             self.__dict__["twins"] = twins(self)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from veneer.core import lean
 from veneer.engine.adapted import BASE
 from veneer.engine.merging import Merging
 
@@ -43,20 +44,27 @@ class Choosing(Merging):
             self._train(name, True)
 
     def _train(self, name: str, on: bool) -> None:
-        modules: list[nn.Module] = [host._modules["adapters"]._modules[name] for host in self._hosts[name]]
-        modules += [table[name] for table in (self.shared, self.prompts) if name in table]
-        for module in modules:
-            fixed: frozenset[str] = getattr(module, "fixed", frozenset())
-            left = [module]
-            while left:
-                each = left.pop()
-                left += [child for child in each._modules.values() if child is not None]
-                for parameter in each._parameters.values():
-                    if parameter is not None and parameter.requires_grad is not on:
-                        parameter.requires_grad_(on)
-            for key in fixed if on else ():
+        own, inner = self._modules_of(name)
+        for each, _ in inner:
+            for parameter in each._parameters.values():
+                if parameter is not None and parameter.requires_grad is not on:
+                    parameter.requires_grad_(on)
+        for module in own if on else ():
+            for key in getattr(module, "fixed", ()):
                 module.get_parameter(key).requires_grad_(False)
         (self._training.add if on else self._training.discard)(name)
+
+    def _modules_of(self, name: str) -> tuple[list[nn.Module], list[tuple[nn.Module, int]]]:
+        """An adapter's modules, and all inside them with the number of their children; found again if that changes."""
+        hosts, kept = self._hosts[name], self._found.get(name)
+        if kept is not None and kept[0] is hosts and kept[1] == (len(hosts), self.state.settled):
+            if all(len(module._modules) == children for module, children in kept[3]):
+                return kept[2], kept[3]
+        own: list[nn.Module] = [host._modules["adapters"]._modules[name] for host in hosts]
+        own += [table[name] for table in (self.shared, self.prompts) if name in table]
+        inner = [(module, len(module._modules)) for module in {m: None for one in own for m in lean.inside(one)}]
+        self._found[name] = hosts, (len(hosts), self.state.settled), own, inner
+        return own, inner
 
     def freeze(self, *names: str, frozen: bool = True) -> None:
         """Keep adapters from training, also when they are made active later; ``frozen=False`` lifts it."""

@@ -15,6 +15,16 @@ from veneer.core.root import Root
 from veneer.engine.adapted import Adapted, State, hosts
 
 
+class Found(dict[str, Any]):
+    """What was found in a model, by adapter; a copy of the model is to find its own."""
+
+    def __deepcopy__(self, memo: dict) -> Found:
+        return Found()
+
+    def __reduce__(self) -> Any:
+        return Found, ()
+
+
 class Holding(nn.Module):
     """A base model, its adapters' configs and the wrappers they sit in; see ``Tuner``."""
 
@@ -27,6 +37,7 @@ class Holding(nn.Module):
         self.state = State()
         self.inputs: dict[str, Any] = {}
         self._hosts: dict[str, list[Adapted]] = {}
+        self._found = Found()
         self._training: set[str] = set()
         self._frozen: set[str] = set()
         self._was_trainable: list[nn.Parameter] = []

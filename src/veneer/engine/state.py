@@ -52,6 +52,8 @@ class State:
     _rows: dict[tuple[int, torch.device], dict[str, Tensor]] = field(default_factory=dict)
     masks: dict[Any, Tensor] = field(default_factory=dict)
     """What ``mask`` found, since the last change."""
+    settled: int = 0
+    """Counts how often a wrapper took note of adapters that came or went, or got other tensors."""
     _relied: list[Tensor] = field(default_factory=list)
     _versions: list[int] = field(default_factory=list)
 

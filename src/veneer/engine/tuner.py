@@ -148,6 +148,7 @@ class Tuner(Planting):
             self.state.active = active
             self._settle()
         places, around = Places(self.model), []
+        self._found.pop(name, None)
         for host in reversed(self._hosts.pop(name)):
             if name in host.gains:
                 host.set_gain(name, 1.0)
