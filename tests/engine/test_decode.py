@@ -112,6 +112,23 @@ def test_a_mixed_batch_sees_new_values_names_and_strengths() -> None:
 
 
 @torch.no_grad()
+def test_the_same_names_again_find_their_rows_own_factors_unless_something_was_written() -> None:
+    tuner = adapted(LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False), "ab")
+    host, names = tuner.hosts()[0], ["a", "b", "b", "a"]
+    tuner.route(names)
+    before, again = tuner(X), tuner(X)
+    first = host._path.own
+    assert first is not None and torch.allclose(before, again, atol=1e-6)
+    tuner.route(None)
+    tuner.route(names)
+    assert torch.equal(tuner(X), tuner(X)) and host._path.own is first
+    host.adapters["a"].lora_A.weight.mul_(2)
+    tuner.route(None)
+    tuner.route(names)
+    assert not torch.equal(tuner(X)[0], before[0]) and host._path.own is not first
+
+
+@torch.no_grad()
 def test_rows_of_other_ranks_beams_and_rows_of_none_have_factors_of_their_own() -> None:
     tuner = Tuner(Net())
     for rank, name in enumerate("abc", 1):

@@ -51,7 +51,7 @@ class Own(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Where several adapters keep their factors, (table, name) each: read anew in each call, without asking them."""
+    """Where adapters keep their factors, (table, name) each: read anew in each call, without asking them."""
 
     a: list[tuple[dict, str]]
     b: list[tuple[dict, str]]
@@ -91,6 +91,9 @@ class LowRankPath:
         self.stack: Stack | None = kept if kept is not None and kept.seen.still() else None
         self.slots: Slots | None = None
         self.own: Own | None = None
+        if before is not None and self.stack is not None and before.own is not None and before.route == route:
+            self.own = before.own  # as when texts are generated again with the same names
+            self.state.rely(self.stack.seen)
 
     def __call__(self, x: Tensor) -> Tensor | None:
         layer = self.layer
@@ -105,9 +108,14 @@ class LowRankPath:
         if own is not None and own.batch == x.shape[0]:
             return _by_row(x, weight, bias, own.down, own.up)
         if self.alone is not None:
+            if slots is not None:
+                (at, a_name), (bt, b_name) = slots.a[0], slots.b[0]
+                return _inferred(x, weight, bias, at[a_name], bt[b_name].t(), None, slots.scaling)
             low = _branch(self.alone, x)
             if low is None or low.dropout:
                 return None if low is None else fused_linear(x, weight, bias, low)
+            if low.gain is None and self.route is None and not self.alone.training:
+                self.slots = _slots([self.alone], [low], self._parts([low]))
             return _inferred(x, weight, bias, low.a, low.b.t(), None, low.scaling, low.gain)
         if slots is not None:
             a, b = torch.cat([t[n] for t, n in slots.a]), torch.cat([t[n] for t, n in slots.b], 1)

@@ -54,8 +54,10 @@ class State:
     """What ``mask`` found, since the last change."""
     settled: int = 0
     """Counts how often a wrapper took note of adapters that came or went, or got other tensors."""
-    _relied: list[Tensor] = field(default_factory=list)
-    _versions: list[int] = field(default_factory=list)
+    _relied: list[tuple[Tensor, int]] = field(default_factory=list)
+    """Tensors, and their counts of changes when wrappers began to rely on them."""
+    _watched: tuple[list[Tensor], list[int]] = ([], [])
+    """The same in the order they were made in, aliases in place of the tensors: nearer together in memory."""
 
     def __post_init__(self) -> None:
         self.strengths = self.strengths or {"cpu": torch.zeros(0, 0)}
@@ -79,16 +81,19 @@ class State:
         """Have every wrapper decide anew."""
         self.version += 1
         self.masks = {}
-        self._relied, self._versions = [], []
+        self._relied, self._watched = [], ([], [])
 
     def rely(self, seen: Seen) -> None:
         """A wrapper goes by what it made of these tensors, without looking at them again: until the next change."""
-        self._relied += [t.detach() for t in seen.tensors]  # same counts of changes, close together in memory
-        self._versions += seen.versions
+        self._relied += zip(seen.tensors, seen.versions, strict=True)
 
     def look(self) -> None:
         """See whether something was written into the tensors that wrappers rely on; that is a change."""
-        if [t._version for t in self._relied] != self._versions:
+        if len(self._watched[0]) != len(self._relied):
+            pairs = sorted(self._relied, key=lambda pair: id(pair[0]))
+            self._watched = [t.detach() for t, _ in pairs], [version for _, version in pairs]
+        aliases, versions = self._watched
+        if [t._version for t in aliases] != versions:
             self.renew()
 
     # ---- what compiled graphs read ----------------------------------------------------------------------------------

@@ -28,15 +28,13 @@ class LoraExperts(Adapter):
         site: the layer.
         config: with ``r``, ``lora_alpha``, ``lora_dropout`` and ``balance_weight``.
         experts: how many.
-        does: what the method does to the layer's tokens, for the error where it is no linear layer.
     """
 
     prefix: ClassVar[str]
     wants = frozenset({"attention_mask"})
 
-    def __init__(self, site: Site, config: Any, experts: int, does: str):
+    def __init__(self, site: Site, config: Any, experts: int):
         super().__init__(site, config)
-        site.need_linear(does)
         self.scaling, self.balance_weight = config.lora_alpha / config.r, config.balance_weight
         self.dropout = nn.Dropout(config.lora_dropout)
         a, b = expert_factors(experts, config.r, site.in_features, site.out_features)

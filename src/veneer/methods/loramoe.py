@@ -73,7 +73,8 @@ class LoraMoe(LoraExperts):
     wants = frozenset({"attention_mask", "sample_types"})
 
     def __init__(self, site: Site, config: LoraMoeConfig):
-        super().__init__(site, config, config.experts, "LoRAMoE gates the tokens of")
+        site.need_linear("LoRAMoE gates the tokens of")
+        super().__init__(site, config, config.experts)
         self.knowledge, self.delta_ = config.knowledge_experts, config.delta
 
     def gates(self, logits: Tensor) -> tuple[Tensor, Tensor]:

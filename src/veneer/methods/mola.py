@@ -96,7 +96,8 @@ class Mola(LoraExperts):
         return None
 
     def __init__(self, site: Site, config: MolaConfig):
-        super().__init__(site, config, site.experts, "MoLA routes the tokens of")
+        site.need_linear("MoLA routes the tokens of")
+        super().__init__(site, config, site.experts)
         self.top_k = config.top_k
 
     def gates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
