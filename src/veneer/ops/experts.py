@@ -157,11 +157,12 @@ def _outer(left: Tensor, right: Tensor, like: Tensor, routing: Routing) -> Tenso
 
 def _grouped(left: Tensor, right: Tensor, routing: Routing) -> bool:
     """Whether torch multiplies such operands in one call, and without going through experts that have no rows."""
-    if left.is_cuda:
-        fits = left.dtype is torch.bfloat16 and torch.cuda.get_device_capability(left.device) >= (8, 0)
+    if left.is_cuda:  # as documented from Ampere on; on Blackwell and ROCm it is reported to fail
+        fits = left.dtype is torch.bfloat16 and torch.version.hip is None
+        fits = fits and (8, 0) <= torch.cuda.get_device_capability(left.device) < (10, 0)
     else:
         fits = left.device.type == "cpu" and left.dtype is torch.float32 and not routing.few
-    return fits and _aligned(left) and _aligned(right)
+    return fits and hasattr(F, "grouped_mm") and _aligned(left) and _aligned(right)
 
 
 def _aligned(t: Tensor) -> bool:
