@@ -112,6 +112,15 @@ def test_a_mixed_batch_sees_new_values_names_and_strengths() -> None:
 
 
 @torch.no_grad()
+def test_a_scaling_that_was_set_is_seen_at_once() -> None:
+    tuner = adapted(LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False), "a")
+    base, adapter = Net()(X), tuner.hosts()[0].adapters["a"]
+    before = [tuner(X) - base for _ in range(3)][-1]
+    adapter.scaling = 2 * adapter.scaling
+    assert torch.allclose(tuner(X) - base, 2 * before, atol=1e-5)
+
+
+@torch.no_grad()
 def test_the_same_names_again_find_their_rows_own_factors_unless_something_was_written() -> None:
     tuner = adapted(LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False), "ab")
     host, names = tuner.hosts()[0], ["a", "b", "b", "a"]

@@ -10,6 +10,7 @@ from torch import nn
 
 from veneer.core import lean
 from veneer.engine.adapted import BASE
+from veneer.engine.holding import Inside
 from veneer.engine.merging import Merging
 
 
@@ -44,27 +45,29 @@ class Choosing(Merging):
             self._train(name, True)
 
     def _train(self, name: str, on: bool) -> None:
-        own, inner = self._modules_of(name)
-        for each, _ in inner:
+        inside = self._inside(name)
+        for each, _ in inside.modules:
             for parameter in each._parameters.values():
                 if parameter is not None and parameter.requires_grad is not on:
                     parameter.requires_grad_(on)
-        for module in own if on else ():
+        for module in inside.adapters if on else ():
             for key in getattr(module, "fixed", ()):
                 module.get_parameter(key).requires_grad_(False)
         (self._training.add if on else self._training.discard)(name)
 
-    def _modules_of(self, name: str) -> tuple[list[nn.Module], list[tuple[nn.Module, int]]]:
-        """An adapter's modules, and all inside them with the number of their children; found again if that changes."""
+    def _inside(self, name: str) -> Inside:
+        """What an adapter consists of, found again if something has come or gone."""
         hosts, kept = self._hosts[name], self._found.get(name)
-        if kept is not None and kept[0] is hosts and kept[1] == (len(hosts), self.state.settled):
-            if all(len(module._modules) == children for module, children in kept[3]):
-                return kept[2], kept[3]
+        if kept is not None and kept.hosts is hosts and kept.planted == len(hosts):
+            grown = any(len(module._modules) != children for module, children in kept.modules)
+            if kept.settled == self.state.settled and not grown:
+                return kept
         own: list[nn.Module] = [host._modules["adapters"]._modules[name] for host in hosts]
         own += [table[name] for table in (self.shared, self.prompts) if name in table]
-        inner = [(module, len(module._modules)) for module in {m: None for one in own for m in lean.inside(one)}]
-        self._found[name] = hosts, (len(hosts), self.state.settled), own, inner
-        return own, inner
+        found = dict.fromkeys(module for one in own for module in lean.inside(one))
+        modules = [(module, len(module._modules)) for module in found]
+        self._found[name] = Inside(own, modules, hosts, len(hosts), self.state.settled)
+        return self._found[name]
 
     def freeze(self, *names: str, frozen: bool = True) -> None:
         """Keep adapters from training, also when they are made active later; ``frozen=False`` lifts it."""

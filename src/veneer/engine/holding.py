@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,21 @@ from veneer.core.root import Root
 from veneer.engine.adapted import Adapted, State, hosts
 
 
-class Found(dict[str, Any]):
+class Inside(NamedTuple):
+    """What an adapter consists of, and where and when that was found."""
+
+    adapters: list[nn.Module]
+    """Its own modules: one a wrapper, and what they share."""
+    modules: list[tuple[nn.Module, int]]
+    """These and all inside them, each with the number of its children."""
+    hosts: list[Adapted]
+    planted: int
+    """How many wrappers there were."""
+    settled: int
+    """What the switchboard counted."""
+
+
+class Found(dict[str, Inside]):
     """What was found in a model, by adapter; a copy of the model is to find its own."""
 
     def __deepcopy__(self, memo: dict) -> Found:

@@ -108,7 +108,7 @@ class LowRankPath:
         if own is not None and own.batch == x.shape[0]:
             return _by_row(x, weight, bias, own.down, own.up)
         if self.alone is not None:
-            if slots is not None:
+            if slots is not None and self.alone.__dict__.get("scaling") is self.scalings[0]:
                 (at, a_name), (bt, b_name) = slots.a[0], slots.b[0]
                 return _inferred(x, weight, bias, at[a_name], bt[b_name].t(), None, slots.scaling)
             low = _branch(self.alone, x)

@@ -24,7 +24,7 @@ from veneer.core.cache import cached
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import Factored, along, columns
+from veneer.methods.sides import Factored, along, columns, factored
 from veneer.ops.cluster import kmeans
 from veneer.ops.lowrank import LowRank
 
@@ -134,26 +134,28 @@ class Adamss(Factored):
         if self.order.is_meta and not self.adamss_newB.is_meta:
             self.order = torch.argsort(torch.cat(self.rows)).to(self.adamss_newB.device)
 
+    def both(self) -> tuple[Tensor, Tensor]:
+        """A_c V^T of all clusters, stacked (total rank, in, + 1 with a bias), and B_c (out, total rank), else zero."""
+        return torch.cat(list(self.adamss_A)) @ self.adamss_newB, torch.block_diag(*self.adamss_B)[self.order]
+
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.inner()[:, : columns(self.site)], self.outer()
-
-    def inner(self) -> Tensor:
-        """A_c V^T of all clusters, one above the other: (total rank, in, + 1 with a bias)."""
-        return torch.cat(list(self.adamss_A)) @ self.adamss_newB
-
-    def outer(self) -> Tensor:
-        """B_c of all clusters, each in its rows and columns, else zero: (out, total rank)."""
-        return torch.block_diag(*self.adamss_B)[self.order]
+        a, b = self.both()
+        return a[:, : columns(self.site)], b
 
     def delta_bias(self) -> Tensor | None:
-        return self.outer() @ self.inner()[:, -1] if self.with_bias else None
+        if not self.with_bias:
+            return None
+        a, b = self.both()
+        return b @ a[:, -1]
 
     def low_rank(self) -> LowRank | None:
         return None if self.with_bias else super().low_rank()
 
     def delta(self, x: Tensor) -> Tensor:
-        y = super().delta(x)
-        return y if not self.with_bias else y + along(self.site, cached(self, "bias", self.delta_bias))
+        if not self.with_bias:
+            return super().delta(x)
+        a, b = cached(self, "both", self.both)
+        return factored(self.site, x, a[:, : columns(self.site)], b) + along(self.site, b @ a[:, -1])
 
     def training_state(self) -> dict[str, Tensor]:
         names = ("smooth", "uncertain")

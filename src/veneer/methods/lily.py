@@ -98,10 +98,10 @@ class Lily(Adapter):
         h = x.to(a.dtype) @ a.T  # (..., r)
         p = self._shares(self.lily_router(h).softmax(-1))  # (rows or 1, experts)
         self.routed = p if self.training else None
-        b = self.lily_B.weight.unflatten(0, (self.experts, self.r))  # (experts, r, out)
         if h.numel() <= self.r * self.experts * len(p):  # few tokens for each mixture: all experts at once
             each = p.view(len(p), *[1] * (h.dim() - 2), -1, 1) * h.unsqueeze(-2)
             return y + (self.scaling * (each.flatten(-2) @ self.lily_B.weight)).to(y.dtype)
+        b = self.lily_B.weight.unflatten(0, (self.experts, self.r))  # (experts, r, out)
         mixed = torch.einsum("ne,ero->nro", p, b)
         rows = h.unsqueeze(1) if h.dim() == 2 else h.flatten(1, -2)
         return y + (self.scaling * (rows @ mixed)).reshape(y.shape).to(y.dtype)

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import copy
 import math
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from veneer.core.cache import Seen
 
 if TYPE_CHECKING:
     from veneer.methods.lora import Lora
@@ -66,13 +69,12 @@ def split(lora: Lora, a: Tensor, b: Tensor) -> None:
     for name, own in zip(("start_A", "start_B"), lora.matrices(), strict=True):
         lora.register_buffer(name, own.detach().clone(), persistent=False)
     rest(lora)
-    lora.rested = _read(lora)
+    lora.rested = Seen(tensors=_read(lora))
 
 
-def _read(lora: Lora) -> list[tuple[Tensor, int]]:
-    """What ``rest`` reads, as it is now."""
-    read = (lora.start_A, lora.start_B, lora.site.stored)
-    return [(t, 0 if t.is_inference() else t._version) for t in read]
+def _read(lora: Lora) -> tuple[Tensor, ...]:
+    """What ``rest`` reads."""
+    return lora.start_A, lora.start_B, lora.site.stored
 
 
 @torch.no_grad()
@@ -122,9 +124,8 @@ def arrive(lora: Lora) -> None:
     before, lora.rested = lora.rested, None
     if lora.start_A is None:
         return
-    same = before is not None and all(t is u and v == w for (t, v), (u, w) in zip(before, _read(lora), strict=True))
-    if not same:  # cast or moved since the start, or loaded
-        rest(lora)
+    if before is None or not before.unwritten() or not all(map(is_, before.tensors, _read(lora))):
+        rest(lora)  # cast or moved since the start, or loaded
 
 
 def doubled_config(config: Any) -> Any:
