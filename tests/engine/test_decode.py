@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from veneer import DeloraConfig, FourierFTConfig, LoHaConfig, LoraConfig, OFTConfig, ShiraConfig, VeraConfig
 from veneer.core.config import PeftConfig
+from veneer.engine.lowrank_path import Joint, Own
 from veneer.engine.tuner import Tuner
 
 X = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
@@ -89,9 +90,9 @@ def test_a_mixed_batch_sees_new_values_names_and_strengths() -> None:
             tuner.set_active(name)
             each[name] = tuner(X)
         tuner.route(names)
-        for times in range(3):  # with all factors and a mask, again, and from then on each row with its own
+        for times in range(3):  # what to keep is known from the second call on
             y = tuner(X)
-            assert host._path is not None and (host._path.own is not None) == (times > 0)
+            assert host._path is not None and (host._path.held is not None) == (times > 0)
             assert all(torch.allclose(y[i], each[name][i], atol=1e-6) for i, name in enumerate(names))
 
     check("a", "b", "b", "a")
@@ -121,24 +122,24 @@ def test_a_scaling_that_was_set_is_seen_at_once() -> None:
 
 
 @torch.no_grad()
-def test_the_same_names_again_find_their_rows_own_factors_unless_something_was_written() -> None:
+def test_the_same_names_again_find_what_was_kept_for_them_unless_something_was_written() -> None:
     tuner = adapted(LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False), "ab")
     host, names = tuner.hosts()[0], ["a", "b", "b", "a"]
     tuner.route(names)
     before, again = tuner(X), tuner(X)
-    first = host._path.own
+    first = host._path.held
     assert first is not None and torch.allclose(before, again, atol=1e-6)
     tuner.route(None)
     tuner.route(names)
-    assert torch.equal(tuner(X), tuner(X)) and host._path.own is first
+    assert torch.equal(tuner(X), tuner(X)) and host._path.held is first
     host.adapters["a"].lora_A.weight.mul_(2)
     tuner.route(None)
     tuner.route(names)
-    assert not torch.equal(tuner(X)[0], before[0]) and host._path.own is not first
+    assert not torch.equal(tuner(X)[0], before[0]) and host._path.held is not first
 
 
 @torch.no_grad()
-def test_rows_of_other_ranks_beams_and_rows_of_none_have_factors_of_their_own() -> None:
+def test_rows_of_other_ranks_beams_and_rows_of_none_each_have_their_own_branch() -> None:
     tuner = Tuner(Net())
     for rank, name in enumerate("abc", 1):
         tuner.add(name, LoraConfig(r=rank, lora_alpha=3, target_modules=["layer"], init_lora_weights=False))
@@ -147,15 +148,33 @@ def test_rows_of_other_ranks_beams_and_rows_of_none_have_factors_of_their_own() 
     for name in "abc":
         tuner.set_active(name)
         alone[name] = tuner(X)
-    for route, times in ((["c", "__base__", "a", "b"], 1), (["c", "a"], 2)):
+    for route, times, kind in ((["c", "__base__", "a", "b"], 1, Own), (["c", "a"], 2, Joint)):
         tuner.route(route)
         names = [name for name in route for _ in range(times)]
         for x in (X, X[:, 0], X[:, None]):
             for _ in range(3):
                 y = tuner(x)
-            assert tuner.hosts()[0]._path.own.batch == 4
+            assert isinstance(tuner.hosts()[0]._path.held, kind)
             for i, name in enumerate(names):
                 assert torch.allclose(y[i].reshape(-1, 8), alone[name][i, : x[i].numel() // 8], atol=1e-6)
+
+
+@torch.no_grad()
+def test_texts_of_other_lengths_and_the_same_adapters_in_other_rows_share_the_stack() -> None:
+    tuner = adapted(LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False), "ab")
+    alone = {}
+    for name in "ab":
+        tuner.set_active(name)
+        alone[name] = tuner(X)
+    stacks = []
+    for route in (["b", "a", "a", "b"], ["a", "b", "b", "a"]):
+        tuner.route(route)
+        for x in (X, X[:, :1], X, X[:, :1], X[:, :1], X):
+            y = tuner(x)
+            for i, name in enumerate(route):
+                assert torch.allclose(y[i], alone[name][i, : x.shape[1]], atol=1e-6)
+        stacks.append(tuner.hosts()[0]._path.stack)
+    assert stacks[0] is stacks[1]
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from veneer.core.lean import inside
+
 T = TypeVar("T")
 
 
@@ -23,7 +25,7 @@ class Seen:
     """
 
     def __init__(self, *modules: nn.Module, tensors: tuple[Tensor, ...] = ()):
-        inner = [m for module in modules for m in module.modules()]
+        inner = [m for module in modules for m in inside(module)]
         tables: list[dict] = [table for m in inner for table in (m._parameters, m._buffers)]
         tables.append(dict(enumerate(tensors)))
         found = [(table, name, t) for table in tables for name, t in table.items() if t is not None]
@@ -31,7 +33,7 @@ class Seen:
         self.countable = not any(t.is_inference() for t in self.tensors)  # such tensors do not count their changes
         self.versions = [t._version for t in self.tensors] if self.countable else []
         self.pointers = [t.data_ptr() for t in self.tensors]
-        found += [(m._modules, n, child) for m in inner for n, child in m._modules.items() if list(child.parameters())]
+        found += [(m._modules, n, child) for m in inner for n, child in m._modules.items() if _has_parameters(child)]
         self.tables: list[dict] = [table for table, _, _ in found]
         self.names = [name for _, name, _ in found]
         self.held = [held for _, _, held in found]
@@ -47,6 +49,10 @@ class Seen:
     def unwritten(self) -> bool:
         """Whether nothing was written into the tensors, where that no other has taken their place is known."""
         return self.countable and [t._version for t in self.tensors] == self.versions
+
+
+def _has_parameters(module: nn.Module | None) -> bool:
+    return module is not None and any(p is not None for m in inside(module) for p in m._parameters.values())
 
 
 def cached(owner: nn.Module, name: str, make: Callable[[], T], *others: Tensor | nn.Module | None) -> T:

@@ -148,7 +148,7 @@ class Adapted(Mergeable):
     def _decide(self, state: State) -> None:
         """Which adapters run here, and whether a short way serves them: once per change of the switchboard."""
         own = self._modules["adapters"]._modules
-        wanted = state.active if state.route is None else tuple(dict.fromkeys(state.route))
+        wanted = state.active if state.route is None else state.routed
         names = [name for name in wanted if name in own and name not in self.merged_names]
         short = alone = None
         if names and not state.gains and not self.gains:

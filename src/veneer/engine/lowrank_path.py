@@ -1,8 +1,9 @@
 """The short way through a linear layer whose active adapters are all low-rank: one call, decided in advance.
 
 Without gradients it is as little as the arithmetic needs, for a decoded token has hardly more: three products. In a
-mixed batch the stacked factors of all its adapters are kept from call to call, and where the same rows come again, and
-there are not many more of them than adapters, each row's own factors: it is then multiplied with nothing else.
+mixed batch the stacked factors of all its adapters are kept from call to call. Where the same rows come again, they
+are multiplied with all of these, and a mask keeps what is their own; or, where that would be more to read, each with a
+copy of its own adapter's.
 """
 
 from __future__ import annotations
@@ -26,18 +27,33 @@ if TYPE_CHECKING:
 _HALF = (torch.float16, torch.bfloat16)
 FEW = 2
 """So many rows for each adapter of a mixed batch may have copies of its factors."""
+MANY = 8
+"""Of more adapters than this, no row is multiplied with those of all; nor of any where there are fewer than two rows
+for each (measured on a CPU with ranks of 8 to 64 and widths of 64 to 2048)."""
 
 
 class Stack(NamedTuple):
     """The joined factors of a mixed batch's adapters, in the layer's dtype, and what they were made from."""
 
     seen: Seen
-    a: Tensor
-    """(total rank, in)."""
+    down: Tensor
+    """a's transpose, (in, total rank)."""
     up: Tensor
     """b's transpose, (total rank, out)."""
     parts: tuple[tuple[str, int, float], ...]
     """(adapter, rank, scaling) of each."""
+
+
+class Joint(NamedTuple):
+    """The factors of all adapters of a mixed batch, and for inputs of one size what is whose."""
+
+    size: int
+    down: Tensor
+    """(in, total rank)."""
+    mask: Tensor
+    """(N, total rank), as ``State.mask`` has it."""
+    up: Tensor
+    """(total rank, out)."""
 
 
 class Own(NamedTuple):
@@ -73,7 +89,7 @@ class LowRankPath:
     """
 
     __slots__ = (
-        "adapters", "alone", "device", "layer", "mask", "names", "own", "route", "scalings", "slots", "stack", "state",
+        "adapters", "alone", "device", "held", "layer", "mask", "names", "route", "scalings", "slots", "stack", "state",
     )  # fmt: skip
 
     def __init__(
@@ -90,9 +106,9 @@ class LowRankPath:
         kept = before.stack if before is not None and same else None
         self.stack: Stack | None = kept if kept is not None and kept.seen.still() else None
         self.slots: Slots | None = None
-        self.own: Own | None = None
-        if before is not None and self.stack is not None and before.own is not None and before.route == route:
-            self.own = before.own  # as when texts are generated again with the same names
+        self.held: Joint | Own | None = None
+        if before is not None and self.stack is not None and before.held is not None and before.route == route:
+            self.held = before.held  # as when texts are generated again with the same names
             self.state.rely(self.stack.seen)
 
     def __call__(self, x: Tensor) -> Tensor | None:
@@ -104,9 +120,13 @@ class LowRankPath:
             return None
         if torch.is_grad_enabled():
             return None if weight.requires_grad else self.trained(x, weight, bias)
-        own, slots = self.own, self.slots
-        if own is not None and own.batch == x.shape[0]:
-            return _by_row(x, weight, bias, own.down, own.up)
+        held, slots = self.held, self.slots
+        if held is not None:
+            if type(held) is Own:
+                if held.batch == x.shape[0]:
+                    return _by_row(x, weight, bias, held.down, held.up)
+            elif held.size == x.numel():
+                return _masked(x, weight, bias, held)
         if self.alone is not None:
             if slots is not None and self.alone.__dict__.get("scaling") is self.scalings[0]:
                 (at, a_name), (bt, b_name) = slots.a[0], slots.b[0]
@@ -137,33 +157,38 @@ class LowRankPath:
         """Several adapters without gradients, while what the next calls need not find out again is found out."""
         stack = self.stack
         if stack is None or not stack.seen.unwritten():
-            lows, self.mask, self.own = self._lows(x), None, None
+            lows, self.mask, self.held = self._lows(x), None, None
             if lows is None:
                 return None
             parts = self._parts(lows)
-            a, up = torch.cat([low.a for low in lows]), torch.cat([low.b for low in lows], 1).t()
+            down, up = torch.cat([low.a for low in lows]).t(), torch.cat([low.b for low in lows], 1).t()
             if self.route is None:
                 self.slots = None if any(a.training for a in self.adapters) else _slots(self.adapters, lows, parts)
-                return _inferred(x, weight, bias, a, up, self._mask(x, parts))
+                return _inferred(x, weight, bias, down.t(), up, self._mask(x, parts))
             shared = [adapter.shared for adapter in self.adapters if adapter.shared is not None]
-            stack = Stack(Seen(*self.adapters, *shared), a.to(x.dtype), up.to(x.dtype).contiguous(), parts)
-            self.stack = stack
-        y = own_rows(self.state, x, weight, bias, stack.a, stack.up.t(), stack.parts)
+            down, up = down.to(x.dtype).contiguous(), up.to(x.dtype).contiguous()
+            self.stack = stack = Stack(Seen(*self.adapters, *shared), down, up, parts)
+        y = own_rows(self.state, x, weight, bias, stack.down.t(), stack.up.t(), stack.parts)
         if y is not None:
             return y
-        if self.mask is not None and self.mask[0] == x.shape and len(x) <= FEW * len(stack.parts):
-            self.own = self._own(stack, x)
-        return _inferred(x, weight, bias, stack.a, stack.up, self._mask(x, stack.parts))
+        mask = None if self.mask is None or self.mask[0] != x.shape else self.mask[1]
+        if mask is not None:
+            if self.held is None:
+                self.state.rely(stack.seen)
+            self.held = self._own(stack, x) or Joint(x.numel(), stack.down, mask, stack.up)
+        return _inferred(x, weight, bias, stack.down.t(), stack.up, self._mask(x, stack.parts))
 
-    def _own(self, stack: Stack, x: Tensor) -> Own:
+    def _own(self, stack: Stack, x: Tensor) -> Own | None:
+        batch, many = len(x), len(stack.parts)
+        if batch > FEW * many or (batch == FEW * many and many <= MANY):
+            return None
         rank, start = max(rank for _, rank, _ in stack.parts), 0
-        down, up = (x.new_zeros(len(x), rank, n) for n in (stack.a.shape[1], stack.up.shape[1]))
+        down, up = (x.new_zeros(batch, rank, n) for n in (len(stack.down), stack.up.shape[1]))
         for name, r, scaling in stack.parts:
-            rows, part = self.state.rows(len(x), x.device)[name], slice(start, start + r)
-            down[rows, :r], up[rows, :r] = stack.a[part], scaling * stack.up[part]
+            rows, part = self.state.rows(batch, x.device)[name], slice(start, start + r)
+            down[rows, :r], up[rows, :r] = stack.down[:, part].t(), scaling * stack.up[part]
             start += r
-        self.state.rely(stack.seen)
-        return Own(len(x), down.mT, up)
+        return Own(batch, down.mT, up)
 
     def _lows(self, x: Tensor) -> list[LowRank] | None:
         """The adapters' branches, if they can be joined."""
@@ -240,6 +265,15 @@ def _by_row(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Te
         return y.baddbmm_(x.bmm(down), up)
     y.view(len(x), -1, y.shape[-1]).baddbmm_(x.reshape(len(x), -1, x.shape[-1]).bmm(down), up)
     return y
+
+
+def _masked(x: Tensor, weight: Tensor, bias: Tensor | None, joint: Joint) -> Tensor:
+    """The layer with all branches, of which each row keeps its own."""
+    shape = x.shape
+    flat = x if len(shape) == 2 else x.reshape(-1, shape[-1])
+    y = F.linear(flat, weight, bias)
+    y.addmm_(flat.mm(joint.down).mul_(joint.mask), joint.up)
+    return y if len(shape) == 2 else y.view(*shape[:-1], -1)
 
 
 PLAIN = (nn.Parameter, FakeTensor)
