@@ -175,6 +175,8 @@ def keep_layout(model: nn.Module) -> None:
     """
     for module in lean.inside(model):
         weight: Any = module._parameters.get("weight")
+        if type(weight) is nn.Parameter:
+            continue
         if BITSANDBYTES[0].matches(module) and weight.device.type == "cpu":
             if weight.quant_state is not None:
                 weight.data, weight.quant_state = _arranged(weight)

@@ -46,8 +46,8 @@ class Choosing(Merging):
 
     def _train(self, name: str, on: bool) -> None:
         inside = self._inside(name)
-        for each, _ in inside.modules:
-            for parameter in each._parameters.values():
+        for table in inside.parameters:
+            for parameter in table.values():
                 if parameter is not None and parameter.requires_grad is not on:
                     parameter.requires_grad_(on)
         for module in inside.adapters if on else ():
@@ -59,14 +59,14 @@ class Choosing(Merging):
         """What an adapter consists of, found again if something has come or gone."""
         hosts, kept = self._hosts[name], self._found.get(name)
         if kept is not None and kept.hosts is hosts and kept.planted == len(hosts):
-            grown = any(len(module._modules) != children for module, children in kept.modules)
-            if kept.settled == self.state.settled and not grown:
+            if kept.settled == self.state.settled and all(len(table) == n for table, n in kept.children):
                 return kept
         own: list[nn.Module] = [host._modules["adapters"]._modules[name] for host in hosts]
         own += [table[name] for table in (self.shared, self.prompts) if name in table]
         found = dict.fromkeys(module for one in own for module in lean.inside(one))
-        modules = [(module, len(module._modules)) for module in found]
-        self._found[name] = Inside(own, modules, hosts, len(hosts), self.state.settled)
+        parameters = [module._parameters for module in found]
+        children = [(module._modules, len(module._modules)) for module in found]
+        self._found[name] = Inside(own, parameters, children, hosts, len(hosts), self.state.settled)
         return self._found[name]
 
     def freeze(self, *names: str, frozen: bool = True) -> None:

@@ -20,8 +20,10 @@ class Inside(NamedTuple):
 
     adapters: list[nn.Module]
     """Its own modules: one a wrapper, and what they share."""
-    modules: list[tuple[nn.Module, int]]
-    """These and all inside them, each with the number of its children."""
+    parameters: list[dict[str, Any]]
+    """Of these and of all inside them: the tables alone, which are less to go through than the modules."""
+    children: list[tuple[dict[str, Any], int]]
+    """Likewise, with the number of children."""
     hosts: list[Adapted]
     planted: int
     """How many wrappers there were."""

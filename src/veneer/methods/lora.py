@@ -75,7 +75,8 @@ class Lora(Additive):
 
     @classmethod
     def _chosen(cls, config: LoraConfig) -> type[Lora]:
-        chosen = [f for f in cls.variants if getattr(config, f)]
+        given = config.__dict__
+        chosen = [field for field in cls.variants if given[field]]
         if len(chosen) > 1:
             raise ValueError(f"LoraConfig sets both {' and '.join(chosen)}; at most one variant fits a layer.")
         return cls.variants[chosen[0]] if chosen else cls
@@ -124,7 +125,8 @@ class Lora(Additive):
 
     def reset(self, how: bool | str = True) -> None:
         """Draw A and B: True Kaiming and zero, "gaussian" N(0, 1/r) and zero, False both Kaiming."""
-        a, b, bias = self.lora_A.weight, self.lora_B.weight, self.lora_B.bias
+        up = self._modules["lora_B"]._parameters  # thousands of times, as in ``__init__``
+        a, b, bias = self._modules["lora_A"]._parameters["weight"], up["weight"], up["bias"]
         with torch.no_grad():
             a.normal_(std=1 / self.r) if how == "gaussian" else _kaiming(a)
             b.zero_() if how is not False else _kaiming(b)
