@@ -24,8 +24,8 @@ def real_part(values: Tensor, places: Tensor, shape: tuple[int, int]) -> Tensor:
     (rows, width), (u, v) = shape, _halved(places, shape)
     half = torch.complex(values / 2, torch.zeros_like(values))
     edge = (v == 0) | (2 * v == width)  # columns that hold both of a pair
-    spectrum = half.new_zeros(width // 2 + 1, rows).index_put((v, u), half, accumulate=True)
-    spectrum = spectrum.index_put((v, -u % rows), half * edge, accumulate=True)
+    spectrum = half.new_zeros(width // 2 + 1, rows).index_put_((v, u), half, accumulate=True)
+    spectrum.index_put_((v, -u % rows), half * edge, accumulate=True)
     return torch.fft.irfft(torch.fft.ifft(spectrum).t().contiguous(), n=width)  # quicker than in two dimensions at once
 
 
