@@ -20,12 +20,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "WAVEFT": {"n_frequency": 500},
     "VBLORA": {"vector_length": 64, "num_vectors": 64}, "ADALORA": {"init_r": 12, "total_step": 1000},
     "PVERA": {"r": 64}, "TINYLORA": {}, "UNILORA": {"r": 8}, "PSOFT": {"r": 32}, "PEANUT": {"r": 8}, "LILY": {"r": 8},
-    "GLORA": {"r": 8}, "DEFT": {"r": 8}, "ADAMSS": {},
+    "GLORA": {"r": 8}, "DEFT": {"r": 8}, "ADAMSS": {}, "FROD": {}, "OSF": {}, "SUPERTUNING": {}, "BEFT": {},
+    "POLY": {"r": 8}, "LN_TUNING": {"target_modules": ["input_layernorm", "post_attention_layernorm"]},
+    "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": list(range(100))},
+    "ADAPTION_PROMPT": {"adapter_layers": 2, "adapter_len": 10}, "PROMPT_TUNING": {"num_virtual_tokens": 16},
+    "P_TUNING": {"num_virtual_tokens": 16, "encoder_hidden_size": 128}, "PREFIX_TUNING": {"num_virtual_tokens": 16},
 }  # fmt: skip
+NAMES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MODEL_WIDE = ("ADAPTION_PROMPT", "PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 
 
 def config(library: Any, peft_type: str) -> Any:
-    """This method's config class of a library, on all linear layers.
+    """This method's settings in a library's own class, on all linear layers where it sits at layers.
 
     Raises:
         KeyError: the library does not have the method.
@@ -37,27 +43,30 @@ def config(library: Any, peft_type: str) -> Any:
         build = METHODS[peft_type].config
     else:
         build = library.PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    return build(target_modules=names, task_type="CAUSAL_LM", **OPTIONS[peft_type])
+    where = {} if peft_type in MODEL_WIDE else {"target_modules": NAMES}
+    return build(task_type="CAUSAL_LM", **where | OPTIONS[peft_type])
 
 
 def main() -> None:
     warnings.simplefilter("ignore")
     given = arguments(__doc__ or "", hidden=512, layers=2, mlp=1408, vocab=1024, batch=4, length=256, only="")
     names = libraries(given.libraries)
-    base = llama(given.hidden, given.layers, 1408 if given.mlp == 1408 else given.mlp, given.vocab).requires_grad_(
-        False
-    )
+    base = llama(given.hidden, given.layers, given.mlp, given.vocab).requires_grad_(False)
     ids = torch.randint(0, given.vocab, (given.batch, given.length))
     embeds = base.get_input_embeddings()(ids).detach()
 
-    def step(model: Any) -> None:
-        model(inputs_embeds=embeds.clone().requires_grad_(), labels=ids, use_cache=False).loss.backward()
+    def step(model: Any, **more: Any) -> None:
+        model(inputs_embeds=embeds.clone().requires_grad_(), labels=ids, use_cache=False, **more).loss.backward()
 
-    def decode(model: Any) -> None:
+    def decode(model: Any, **more: Any) -> None:
         with torch.no_grad():
             for _ in range(5):
-                model(input_ids=ids[:1, :1], use_cache=False)
+                model(input_ids=ids[:1, :1], use_cache=False, **more)
+
+    def candidate(name: str, model: Any, run: Any, peft_type: str) -> Any:
+        tasks = peft_type == "POLY" and name != "base"
+        more = {"task_ids": torch.zeros(given.batch if run is step else 1, dtype=torch.long)} if tasks else {}
+        return lambda: run(model, **more)
 
     for peft_type in given.only.split(",") if given.only else OPTIONS:
         models = {"base": base}
@@ -69,7 +78,7 @@ def main() -> None:
         for what, run in (("step", step), ("decode", decode)):
             for model in models.values():
                 model.train(what == "step")
-            rows = interleave({n: (lambda m=m, run=run: run(m)) for n, m in models.items()}, given.rounds)
+            rows = interleave({n: candidate(n, m, run, peft_type) for n, m in models.items()}, given.rounds)
             report(f"{what} {peft_type}", rows, "base")
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +79,18 @@ def empty(module: nn.Module, dtype: torch.dtype) -> None:
                 kind = dtype if tensor.is_floating_point() else tensor.dtype
                 new = torch.empty_like(tensor, dtype=kind, device="meta")
                 each._parameters[name] = nn.Parameter(new, tensor.requires_grad)
+
+
+def arguments(model: nn.Module) -> Sequence[str]:
+    """The names that ``model.forward`` takes."""
+    forward = model.forward
+    own = getattr(forward, "__func__", None)
+    return _names(own)[1:] if own is not None else tuple(inspect.signature(forward).parameters)
+
+
+@functools.cache
+def _names(function: Callable) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
 
 
 _PLAIN = ("state_dict", "_save_to_state_dict", "get_extra_state")

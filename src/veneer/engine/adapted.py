@@ -213,6 +213,8 @@ class Adapted(Mergeable):
         depth, layer = "", self.base_layer
         while getattr(layer, "is_adapted", False):
             depth, layer = depth + "base_layer.", layer.base_layer
+        if not is_compiling():
+            return lambda h: _with(layer, new, self.base_layer, (h, *args), kwargs)
         prefixed = {depth + name: value for name, value in new.items()}
         return lambda h: functional_call(self.base_layer, prefixed, (h, *args), kwargs)
 
@@ -257,6 +259,22 @@ class Adapted(Mergeable):
                 raise
         found = self.each(name)
         return found if found else getattr(self.base_layer, name)
+
+
+def _with(layer: nn.Module, new: dict[str, Tensor], outer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """``outer(*args, **kwargs)`` while ``new`` stands for parameters of the layer in it: ``functional_call``, which
+    would take as long as a small layer does.
+    """
+    tables = [layer.get_submodule(path)._parameters for path, _, _ in (name.rpartition(".") for name in new)]
+    places = [(table, name.rpartition(".")[2]) for table, name in zip(tables, new, strict=True)]
+    own = [table[leaf] for table, leaf in places]
+    try:
+        for (table, leaf), value in zip(places, new.values(), strict=True):
+            table[leaf] = value  # type: ignore[assignment]
+        return outer(*args, **kwargs)
+    finally:
+        for (table, leaf), value in zip(places, own, strict=True):
+            table[leaf] = value
 
 
 def _device(layer: nn.Module) -> torch.device:

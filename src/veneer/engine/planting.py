@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 from typing import Any
 
@@ -118,7 +117,7 @@ class Planting(Choosing):
         root.prepare(self, model, args, kwargs)
 
     def _take_inputs(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        accepted = inspect.signature(model.forward).parameters
+        accepted = lean.arguments(model)
         given = dict(zip(accepted, args, strict=False)) | kwargs
         self.inputs.clear()
         wanted = frozenset().union(*self._wants.values())

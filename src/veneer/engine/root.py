@@ -7,12 +7,12 @@ through it. The gains stay until the next call: gradient checkpointing recompute
 from __future__ import annotations
 
 import contextlib
-import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from veneer.core import lean
 from veneer.core.config import PeftConfig
 from veneer.core.root import Root
 from veneer.engine.adapted import Adapted
@@ -71,7 +71,7 @@ def prepare(tuner: Tuner, model: nn.Module, args: tuple, kwargs: dict[str, Any])
 def _first_pass(tuner: Tuner, root: Root, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """(batch, length, dim): the model's last hidden state with every member at its first strength."""
     strengths = root.first_pass()
-    accepted = inspect.signature(model.forward).parameters
+    accepted = lean.arguments(model)
     asked = {"use_cache": False, "past_key_values": None, "logits_to_keep": 1, "labels": None}
     own = {k: v for k, v in asked.items() if k in accepted} | {"output_hidden_states": True, "return_dict": True}
     with torch.no_grad(), contextlib.nullcontext() if strengths else tuner.disabled():

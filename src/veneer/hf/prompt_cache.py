@@ -12,6 +12,7 @@ import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
+from veneer.core import lean
 from veneer.core.prompt import KeysValues
 from veneer.hf.prompt_rows import Before
 
@@ -59,7 +60,7 @@ def cached(model: Any, own: dict[str, Any], before: Before) -> Iterator[None]:
     if before.pairs is None:
         yield
         return
-    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False) and _recomputes(m)]
+    layers: list[Any] = [m for m in lean.inside(model) if m.__dict__.get("gradient_checkpointing") and _recomputes(m)]
     own["past_key_values"] = new_cache(model, before.pairs, _steady() if layers else None)
     if layers:
         own["use_cache"] = False

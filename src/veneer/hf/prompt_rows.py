@@ -96,12 +96,12 @@ def _one(prompts: list[Prompt], batch: int, inputs: dict[str, Any]) -> tuple[Ten
 
     def joined(each: list[Any], dim: int) -> Tensor | None:
         found = [x for x in each if x is not None]
-        return torch.cat(found, dim) if found else None
+        return torch.cat(found, dim) if len(found) > 1 else found[0] if found else None
 
     embeds = joined([p.embeddings(batch, inputs) for p in prompts], 1)
     decoder = joined([p.decoder_embeddings(batch, inputs) for p in prompts], 1)
     caches = [c for c in (p.keys_values(batch, inputs) for p in prompts) if c is not None]
-    pairs = [tuple(torch.cat([layer[i] for layer in layers], 2) for i in (0, 1)) for layers in zip(*caches)]
+    pairs = [tuple(joined([layer[i] for layer in layers], 2) for i in (0, 1)) for layers in zip(*caches)]
     return embeds, decoder, pairs or None
 
 

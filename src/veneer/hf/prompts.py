@@ -7,13 +7,13 @@ read different prompts, or none), ``forward`` puts it before the text, and ``ven
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from veneer.core import lean
 from veneer.core import prompt as core_prompt
 from veneer.core.prompt import Prompt
 from veneer.engine.tuner import Tuner
@@ -51,7 +51,7 @@ def forward(peft_model: nn.Module, prompt: Prompt, args: tuple, kwargs: dict[str
     """
     tuner: Tuner = peft_model.base_model  # type: ignore[assignment]
     model: Any = tuner.model
-    given = dict(zip(inspect.signature(model.forward).parameters, args)) | kwargs  # type: ignore[arg-type]
+    given = dict(zip(lean.arguments(model), args)) | kwargs
     given = {k: v for k, v in given.items() if v is not None}
     inputs = {name: given.get(name) for p in everyone(tuner) for name in p.wants}
     cache = given.get("past_key_values")
@@ -143,7 +143,7 @@ def _one_label_a_row(model: Any) -> bool:
 
 def takes(model: Any, name: str) -> bool:
     """Whether the model's forward names this argument."""
-    return name in inspect.signature(model.forward).parameters  # type: ignore[arg-type]
+    return name in lean.arguments(model)
 
 
 def _place(model: Any, own: dict[str, Any], given: dict[str, Any], before: Before, length: int) -> None:

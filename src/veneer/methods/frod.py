@@ -6,7 +6,8 @@
 V comes from the joint factorisation of the category's weights W_1 ... W_N (a category is a last name in the layers'
 paths): stacked, [W_1; ...; W_N] = Q R, and V = R^T Z with Z the eigenvectors of the mean of (Q_i^T Q_i + alpha)^-1, or,
 where the stack's rank is deficient, its right singular vectors. V is in the file; U and l follow from W and V.
-Cost: 2 N in (in + out) FLOPs for N tokens, on top of the layer's own.
+Cost of a training step over the frozen layer's 4 N in out FLOPs for N tokens: 4 in^2 out for the change, 2 N in out for
+its gradient, 2 in^2 out for V's share of that, and 2 out for each entry; in eval the sum is built once and kept.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Additive
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import columns, factored, input_dropout
+from veneer.methods.entries import Entries
+from veneer.methods.sides import columns, input_dropout
+from veneer.ops.entries import at_entries, turned
 
 
 @dataclass
@@ -124,7 +126,7 @@ def joint(weights: Sequence[Tensor], alpha: float) -> Tensor:
 
 
 @method("FROD", FrodConfig)
-class Frod(Additive):
+class Frod(Entries):
     """The weight's own factors, with the middle one trained."""
 
     takes_shared = True
@@ -158,17 +160,27 @@ class Frod(Additive):
         u, scale = self.split(v)  # V may have come from a file
         self.frod_U, self.start = u.to(self.frod_lambda_l), scale.to(self.frod_lambda_l)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Down V^T (in, in), and up U (diag(l' - l) + S) (out, in)."""
-        v, places = self.shared.of(self.site)
-        middle = torch.diag(self.frod_lambda_l - self.start)
-        middle = middle.index_put(tuple(places), self.frod_lambda_s_values, accumulate=True)
-        return v.mT, self.frod_U @ middle
+    @property
+    def dense(self) -> bool:  # type: ignore[override]
+        return not (self.training and self.frod_dropout.p)
+
+    @property
+    def places(self) -> Tensor:  # type: ignore[override]
+        """Of diag(l' - l), and of S."""
+        places = self.shared.of(self.site)[1]
+        return torch.cat([torch.arange(len(self.start), device=places.device).expand(2, -1), places], 1)
+
+    def values(self) -> Tensor:
+        return torch.cat([self.frod_lambda_l - self.start, self.frod_lambda_s_values])
+
+    def matrix(self, values: Tensor) -> Tensor:
+        v, _ = self.shared.of(self.site)
+        middle = values.new_zeros(v.shape).index_put(tuple(self.places), values)
+        return self.frod_U @ middle @ v.mT
+
+    def gradient(self, g: Tensor, x: Tensor) -> Tensor:
+        v, _ = self.shared.of(self.site)
+        return at_entries(turned(self.frod_U), v.mT @ (x.mT @ g), *self.places)
 
     def delta(self, x: Tensor) -> Tensor:
-        x = self.frod_dropout(x) if x.is_floating_point() else x
-        return factored(self.site, x, *self.factors())
-
-    def delta_weight(self) -> Tensor:
-        a, b = self.factors()
-        return (b @ a).reshape(self.site.shape)
+        return super().delta(self.frod_dropout(x) if x.is_floating_point() else x)

@@ -6,7 +6,8 @@
 
 What the model knows already sits in the leading directions, which training can then neither change nor disturb. The
 projection happens in backward, so any optimiser and loop has it. The file holds the low part; the rest follows from the
-base model. Cost: 4 N (min(in, out) - k) (in + out) FLOPs for N tokens.
+base model. Cost of a training step over the frozen layer's 4 N in out FLOPs for N tokens, with r = min(in, out) - k:
+8 r in out for the change and its gradient, and 2 N in out for that of the sum; or 12 N r (in + out) where that is less.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from veneer.core.adapter import Additive
+from veneer.core.cache import cached
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import columns, factored
+from veneer.methods.sides import columns, factored, pays
 
 
 @dataclass
@@ -101,16 +103,23 @@ class OSF(Additive):
         if self.S_start.is_meta and not low.is_meta:
             self.U_high, self.V_high, self.U_start, self.S_start, self.V_start = (t.to(low) for t in self.split())
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """Down (2 r, in) and up (out, 2 r): the low part as it is now, less as it was."""
+    @property
+    def dense(self) -> bool:  # type: ignore[override]
+        return not pays(self.site, 2 * len(self.S_start))
+
+    def factors(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """V (r, in) and U S (out, r) of the low part as it is now, and as it was."""
         low = self.osf_svd_params
         u = Projected.apply(low["U_low"], self.U_high, 0)
         v = Projected.apply(low["V_low"], self.V_high, 1)
-        return torch.cat([v, self.V_start]), torch.cat([u * low["S_low"], -self.U_start * self.S_start], 1)
+        return (v, u * low["S_low"]), (self.V_start, self.U_start * self.S_start)
 
     def delta(self, x: Tensor) -> Tensor:
-        return factored(self.site, x, *self.factors())
+        if self.dense or not self.training:
+            return self.site(x, cached(self, "delta", self.delta_weight))
+        (v, us), (v_start, us_start) = self.factors()
+        return factored(self.site, x, torch.cat([v, v_start]), torch.cat([us, -us_start], 1))
 
     def delta_weight(self) -> Tensor:
-        a, b = self.factors()
-        return (b @ a).reshape(self.site.shape)
+        (v, us), (v_start, us_start) = self.factors()
+        return torch.addmm(us @ v, us_start, v_start, alpha=-1).reshape(self.site.shape)

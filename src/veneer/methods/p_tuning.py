@@ -5,7 +5,7 @@
 The MLP has three linear layers with ReLU between (hidden ``encoder_hidden_size``); behind the LSTM it has two. Only P
 is needed to run: the file holds it as ``prompt_embeddings``, and beside it the encoder's own tensors, so that training
 resumes where it stood. A file without them is read as a plain table, which trains on as prompt tuning would.
-Cost: the encoder over ``length`` rows once a forward, and ``length`` more tokens to read.
+Cost: the encoder over ``length`` rows once a forward (in eval once for all), and ``length`` more tokens to read.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from veneer.core.cache import cached
 from veneer.core.prompt import Prompt, PromptLearningConfig
 from veneer.core.registry import method
 
@@ -104,7 +105,7 @@ class Encoded(Prompt):
 
     def table(self) -> Tensor:
         """The prompt as the file holds it."""
-        return self.prompt_embeddings if self.encoder is None else self.encoder()
+        return self.prompt_embeddings if self.encoder is None else cached(self, "table", self.encoder)
 
     def outgoing(self) -> dict[str, Tensor]:
         """The computed table under the key that everybody reads, and the encoder beside it."""

@@ -97,18 +97,20 @@ class Poly(Adapter):
             nn.init.uniform_(self.poly_lora_B, -bound, bound)
 
     def factors(self, tasks: Tensor, sample: bool = False) -> tuple[Tensor, Tensor]:
-        """A_t (rows, in, r) and B_t (rows, r, out) of the given tasks."""
+        """A_t (rows, in, r) and B_t / r (rows, r, out) of the given tasks."""
         z = self.poly_router(tasks, sample)  # (rows, splits, skills)
         self.routed = z.mean(1) if self.training else None
         a = torch.einsum("bqs,qsdr->bqdr", z, self.poly_lora_A).flatten(1, 2)
-        return a, torch.einsum("bqs,qsrd->brqd", z, self.poly_lora_B).flatten(2, 3)
+        return a, torch.einsum("bqs,qsrd->brqd", z / self.r, self.poly_lora_B).flatten(2, 3)
 
     def forward(self, x: Tensor, base: Base) -> Tensor:
         y = base(x)
         a, b = self.factors(self._tasks(x), sample=self.training)
         h = x.to(a.dtype)
-        h = h.unsqueeze(1) if x.dim() == 2 else h.flatten(1, -2)
-        return y + ((h @ a) @ b / self.r).reshape(y.shape).to(y.dtype)
+        h = (h.unsqueeze(1) if x.dim() == 2 else h.flatten(1, -2)) @ a
+        if y.dtype is h.dtype:
+            return torch.baddbmm(y.reshape(len(h), -1, y.shape[-1]), h, b).view(y.shape)
+        return y + (h @ b).reshape(y.shape).to(y.dtype)
 
     def _tasks(self, x: Tensor) -> Tensor:
         given: Any = self.site.inputs.get("task_ids")
@@ -136,4 +138,4 @@ class Poly(Adapter):
                 f"Poly at '{self.site.path}' depends on the task; {self.tasks} tasks cannot be merged into one weight."
             )
         a, b = self.factors(torch.zeros(1, dtype=torch.long, device=weight.device))
-        return weight + ((a[0] @ b[0]).T / self.r).to(weight), bias
+        return weight + (a[0] @ b[0]).T.to(weight), bias
