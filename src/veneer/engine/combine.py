@@ -63,7 +63,10 @@ def _cat(deltas: list[Delta], options: Options) -> tuple[Pair, float]:
 
 
 def _linear(deltas: list[Delta], options: Options) -> tuple[Pair, float]:
-    return _best_sum(deltas, options.rank or _total_rank(deltas))
+    rank = options.rank or _total_rank(deltas)
+    if rank == sum(d.rank for d in deltas) and all(d.own is not None for d in deltas):
+        return _sum(deltas), 0.0  # side by side they have it
+    return _best_sum(deltas, rank)
 
 
 def _svd(deltas: list[Delta], options: Options) -> tuple[Pair, float]:

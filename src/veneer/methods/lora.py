@@ -26,22 +26,11 @@ from veneer.methods.lora_config import KINDS, VARIANTS
 from veneer.methods.lora_config import STARTS as STARTS
 from veneer.methods.lora_config import LoraConfig as LoraConfig
 from veneer.methods.lora_config import start as start
+from veneer.methods.sides import NO_DROPOUT
 from veneer.ops.groups import gather, spread
 from veneer.ops.lowrank import LowRank, lowrank
 
 Factors = tuple[Tensor, Tensor]
-
-
-class NoDropout:
-    """In the place of a dropout that drops nothing."""
-
-    p = 0.0
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x
-
-
-NO_DROPOUT = NoDropout()
 
 
 def _kaiming(weight: Tensor) -> None:
@@ -126,7 +115,7 @@ class Lora(Additive):
     def reset(self, how: bool | str = True) -> None:
         """Draw A and B: True Kaiming and zero, "gaussian" N(0, 1/r) and zero, False both Kaiming."""
         up = self._modules["lora_B"]._parameters  # thousands of times, as in ``__init__``
-        a, b, bias = self._modules["lora_A"]._parameters["weight"], up["weight"], up["bias"]
+        a, b, bias = self._modules["lora_A"]._parameters["weight"], up["weight"], up.get("bias")
         with torch.no_grad():
             a.normal_(std=1 / self.r) if how == "gaussian" else _kaiming(a)
             b.zero_() if how is not False else _kaiming(b)

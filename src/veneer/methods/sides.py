@@ -43,7 +43,19 @@ def bias_of(site: Site, x: Tensor, base: Base, trained: bool) -> Tensor | None:
     return along(site, site.bias)
 
 
-def input_dropout(site: Site, p: float, field: str) -> nn.Dropout:
+class NoDropout:
+    """In the place of a dropout that drops nothing."""
+
+    p = 0.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
+NO_DROPOUT = NoDropout()
+
+
+def input_dropout(site: Site, p: float, field: str) -> nn.Dropout | NoDropout:
     """Dropout of what a layer is given; refused where only the weight can be reached."""
     if not 0 <= p < 1:
         raise ValueError(f"{field} must lie in [0, 1), not {p}.")
@@ -52,7 +64,7 @@ def input_dropout(site: Site, p: float, field: str) -> nn.Dropout:
             f"{field}={p} drops a layer's input, but of '{site.path}' only the weight can be reached; set it to 0 or "
             "exclude the layer."
         )
-    return nn.Dropout(p)
+    return nn.Dropout(p) if p else NO_DROPOUT
 
 
 def down(site: Site, x: Tensor, a: Tensor) -> Tensor:
