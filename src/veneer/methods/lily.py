@@ -24,6 +24,7 @@ from veneer.core.adapter import Adapter, Base
 from veneer.core.config import LayerConfig, newer
 from veneer.core.registry import method
 from veneer.core.sites import Site
+from veneer.methods.sides import added_by_row
 
 
 @dataclass
@@ -102,9 +103,9 @@ class Lily(Adapter):
             each = p.view(len(p), *[1] * (h.dim() - 2), -1, 1) * h.unsqueeze(-2)
             return y + (self.scaling * (each.flatten(-2) @ self.lily_B.weight)).to(y.dtype)
         b = self.lily_B.weight.unflatten(0, (self.experts, self.r))  # (experts, r, out)
-        mixed = torch.einsum("ne,ero->nro", p, b)
+        mixed = torch.einsum("ne,ero->nro", self.scaling * p, b)
         rows = h.unsqueeze(1) if h.dim() == 2 else h.flatten(1, -2)
-        return y + (self.scaling * (rows @ mixed)).reshape(y.shape).to(y.dtype)
+        return added_by_row(y, rows, mixed.expand(len(rows), -1, -1))
 
     def _shares(self, p: Tensor) -> Tensor:
         """Mean of (batch, ..., experts) over each row's tokens, or over all tokens."""

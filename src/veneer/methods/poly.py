@@ -23,6 +23,7 @@ from veneer.core.adapter import Adapter, Base, Weight
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
+from veneer.methods.sides import added_by_row
 
 
 @dataclass
@@ -108,9 +109,7 @@ class Poly(Adapter):
         a, b = self.factors(self._tasks(x), sample=self.training)
         h = x.to(a.dtype)
         h = (h.unsqueeze(1) if x.dim() == 2 else h.flatten(1, -2)) @ a
-        if y.dtype is h.dtype:
-            return torch.baddbmm(y.reshape(len(h), -1, y.shape[-1]), h, b).view(y.shape)
-        return y + (h @ b).reshape(y.shape).to(y.dtype)
+        return added_by_row(y, h, b)
 
     def _tasks(self, x: Tensor) -> Tensor:
         given: Any = self.site.inputs.get("task_ids")

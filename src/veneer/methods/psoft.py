@@ -15,12 +15,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from veneer.core.adapter import Additive
-from veneer.core.cache import cached
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
 from veneer.core.sites import Site
-from veneer.methods.sides import columns, factored, input_dropout
+from veneer.methods.sides import Factored, columns, input_dropout
 from veneer.ops.rotation import cayley, neumann, skew
 
 
@@ -83,8 +81,10 @@ class PsoftConfig(LayerConfig):
 
 
 @method("PSOFT", PsoftConfig)
-class Psoft(Additive):
+class Psoft(Factored):
     """The principal part of a weight, rotated within its own subspace."""
+
+    dropout = "psoft_dropout"
 
     def __init__(self, site: Site, config: PsoftConfig):
         super().__init__(site, config)
@@ -133,12 +133,8 @@ class Psoft(Additive):
             turned = turned * self.psoft_R["vector_a"]
         return turned - torch.eye(self.r, dtype=turned.dtype, device=turned.device)
 
-    def delta(self, x: Tensor) -> Tensor:
-        x = self.psoft_dropout(x) if x.is_floating_point() else x
-        return factored(self.site, x, self.A, self.scaling * self.B @ cached(self, "rotation", self.rotation))
-
-    def delta_weight(self) -> Tensor:
-        return (self.scaling * self.B @ self.rotation() @ self.A).reshape(self.site.shape)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.scaling * self.rotation() @ self.A, self.B
 
 
 def principal(weight: Tensor, config: PsoftConfig, scaling: float) -> tuple[Tensor, Tensor]:

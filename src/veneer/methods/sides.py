@@ -84,9 +84,22 @@ def factored(site: Site, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return up(site, down(site, x, a), b)
 
 
+FEW = 1 << 14
+"""Of fewer numbers, a product and a sum take less time than what it takes to have them in one."""
+
+
 def added(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
     """``y + h b``, in one product: (..., out), (..., r), (r, n), where n divides out and h has as many rows as that."""
+    if y.numel() < FEW and h.dim() == y.dim() and b.shape[1] == y.shape[-1]:
+        return y + h @ b
     return torch.addmm(y.reshape(-1, b.shape[1]), h.reshape(-1, b.shape[0]), b).view(y.shape)
+
+
+def added_by_row(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
+    """``y + h b``, each row of the batch with a b of its own: (rows, ..., out), (rows, tokens, r), (rows, r, out)."""
+    if y.dtype is not h.dtype:
+        return y + (h @ b).reshape(y.shape).to(y.dtype)
+    return torch.baddbmm(y.reshape(len(h), -1, y.shape[-1]), h, b).view(y.shape)
 
 
 def pays(site: Site, rank: int) -> bool:
