@@ -263,10 +263,14 @@ class Adapted(Mergeable):
 
 def _with(layer: nn.Module, new: dict[str, Tensor], outer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
     """``outer(*args, **kwargs)`` while ``new`` stands for parameters of the layer in it: ``functional_call``, which
-    would take as long as a small layer does.
+    would take as long as a small layer does, and does not look into wrapped layers inside.
     """
-    tables = [layer.get_submodule(path)._parameters for path, _, _ in (name.rpartition(".") for name in new)]
-    places = [(table, name.rpartition(".")[2]) for table, name in zip(tables, new, strict=True)]
+    places = []
+    for name in new:
+        path, _, leaf = name.rpartition(".")
+        holder = layer.get_submodule(path)
+        holder = holder.get_base_layer() if isinstance(holder, Adapted) else holder
+        places.append((holder._parameters, leaf))
     own = [table[leaf] for table, leaf in places]
     try:
         for (table, leaf), value in zip(places, new.values(), strict=True):

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from veneer.core.adapter import Adapter, Additive, Stacked
+from veneer.core.adapter import Adapter, Stacked
 from veneer.core.registry import method
 from veneer.core.sites import Site
 from veneer.methods.lora_config import VARIANTS_BY_FIELD, LoraConfig
-from veneer.ops.lowrank import lowrank
+from veneer.methods.sides import Factored, input_dropout
 
 
 @dataclass
@@ -120,18 +119,16 @@ class AdaLoraConfig(LoraConfig):
 
 
 @method("ADALORA", AdaLoraConfig)
-class AdaLora(Additive):
+class AdaLora(Factored):
     """``P diag(E) Q`` under the names lora_B, lora_E, lora_A; pruned triplets keep their rows with E at zero."""
+
+    dropout = "lora_dropout"
 
     def __init__(self, site: Site, config: AdaLoraConfig):
         super().__init__(site, config)
         self.weight_of_penalty = config.orth_reg_weight
         self.scaling = config.lora_alpha / (config.init_r + 1e-5)
-        self.lora_dropout = nn.Dropout(config.lora_dropout)
-        if config.lora_dropout and not site.maps_input:
-            raise ValueError(
-                f"lora_dropout cannot act on the parameter '{site.path}', whose input is out of reach; turn it off."
-            )
+        self.lora_dropout = input_dropout(site, config.lora_dropout, "lora_dropout")
         r = config.init_r
         self.lora_A = nn.Parameter(torch.randn(r, math.prod(site.shape[1:])))
         self.lora_E = nn.Parameter(torch.randn(r, 1))
@@ -149,20 +146,14 @@ class AdaLora(Additive):
         return _Count(2 * sum(site.stack or 1 for site in sites))
 
     # ---- the layer --------------------------------------------------------------------------------------------------
-    def delta(self, x: Tensor) -> Tensor:
-        p = self.lora_dropout.p if self.training and x.is_floating_point() else 0.0
-        if self.site.kind in ("linear", "conv1d_hf"):
-            return lowrank(x, self.lora_A * self.lora_E, self.lora_B, self.scaling, p)
-        return super().delta(F.dropout(x, p) if p else x)
-
-    def delta_weight(self) -> Tensor:
-        return (self.scaling * (self.lora_B @ (self.lora_A * self.lora_E))).reshape(self.site.shape)
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.lora_A * (self.scaling * self.lora_E), self.lora_B
 
     def delta_factors(self) -> tuple[Tensor, Tensor] | None:
         groups = getattr(self.site, "groups", 1)
         if groups > 1:
             return None  # one pair for all groups, where the others count a pair for each
-        up, down = self.scaling * self.lora_B, self.lora_A * self.lora_E
+        down, up = self.factors()
         return (up[None], down[None]) if self.site.kernel else (up, down)
 
     def penalty(self) -> Tensor | None:

@@ -175,7 +175,7 @@ class Frod(Entries):
 
     def matrix(self, values: Tensor) -> Tensor:
         v, _ = self.shared.of(self.site)
-        middle = values.new_zeros(v.shape).index_put(tuple(self.places), values)
+        middle = values.new_zeros(v.shape).index_put(tuple(self.places), values, accumulate=True)
         return self.frod_U @ middle @ v.mT
 
     def gradient(self, g: Tensor, x: Tensor) -> Tensor:
