@@ -309,3 +309,21 @@ def test_tensors_taken_by_hand_have_the_shapes_of_the_config_and_go_back(tmp_pat
 
 def tensors_of(model):
     return veneer.get_peft_model_state_dict(model, convert=True)["base_model.model.layer.lora_A.weight"]
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 8, 16])
+def test_few_steps_come_as_near_to_the_leading_triplets_as_so_many_power_iterations(steps, power):
+    torch.manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(512, 512)).Q for _ in range(2))
+    layer = nn.Linear(512, 512, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(u * (1 + torch.rand(512)) / torch.arange(1, 513) ** power @ v)
+    weight = layer.weight.detach().clone()
+    config = LoraConfig(r=16, lora_alpha=16, target_modules=["0"], init_lora_weights=f"pissa_niter_{steps}")
+    tuner = Tuner(nn.Sequential(layer))
+    tuner.add("a", config)
+    (_, lora), *_ = tuner.adapters("a")
+    u, s, v = torch.svd_lowrank(weight, 16, niter=steps)
+    taken, wanted = (weight.norm() ** 2 - (weight - w).norm() ** 2 for w in (lora.delta_weight(), u * s @ v.T))
+    assert taken >= 0.999 * wanted

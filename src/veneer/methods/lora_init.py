@@ -32,7 +32,8 @@ Make = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 @start("pissa")
 def pissa(lora: Lora, config: LoraConfig) -> None:
-    """``pissa_niter_N`` stops after N Krylov steps; the base takes up what they leave."""
+    """``pissa_niter_N``: near the leading triplets, no further from them than N power iterations would come; the base
+    takes up what is left."""
     steps = _steps(str(config.init_lora_weights))
     s = check_splits(lora, "pissa")
     split(lora, *each(lora, lambda w, r: balanced(top_svd(w, r, steps), s)))
@@ -129,10 +130,11 @@ def base_matrices(lora: Lora, w: Tensor | None = None) -> Tensor:
 
 
 def _steps(name: str) -> int | None:
+    """How far to grow the Krylov space, in steps of two products with the weight, as a power iteration has them."""
     _, marked, count = name.partition("_niter_")
     if marked and not (count.isdigit() and int(count)):
         raise ValueError(f"init_lora_weights='{name}' must end in a positive number of steps, as in pissa_niter_4.")
-    return int(count) if marked else None
+    return int(count) // 2 + 3 if marked else None  # a Krylov space forgets none of its steps, so fewer will do
 
 
 def check_splits(lora: Lora, name: str, times: int = 1, needs_float: bool = True) -> float:
