@@ -32,8 +32,7 @@ Make = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 @start("pissa")
 def pissa(lora: Lora, config: LoraConfig) -> None:
-    """``pissa_niter_N``: near the leading triplets, no further from them than N power iterations would come; the base
-    takes up what is left."""
+    """``pissa_niter_N`` comes as near to the triplets as N power iterations do; the base takes up what is left."""
     steps = _steps(str(config.init_lora_weights))
     s = check_splits(lora, "pissa")
     split(lora, *each(lora, lambda w, r: balanced(top_svd(w, r, steps), s)))
