@@ -85,6 +85,22 @@ class Touched(TorchDispatchMode):
         return out
 
 
+def kept(model: nn.Module, step: Callable[[], Any]) -> float:
+    """MiB of different storages that a training step keeps for backward, the model's own tensors excluded."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    found: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        step()
+    return sum(found.values()) / 2**20
+
+
 def interleave(candidates: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1) -> dict[str, dict[str, float]]:
     """Time callables round by round in turn.
 

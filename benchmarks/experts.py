@@ -11,8 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import arguments, interleave, libraries, report
-from train_step import saved_bytes
+from common import arguments, interleave, kept, libraries, report
 
 TARGETS = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -64,9 +63,8 @@ def main() -> None:
     shape = f"{given.experts} rank {given.rank}"
     report(f"experts {shape}: training step", interleave(steps, given.rounds), "base")
     report(f"experts decode {shape}: 8 tokens", interleave(tokens, given.rounds), "base")
-    batch = {"inputs_embeds": embeds.clone().requires_grad_(), "labels": ids, "use_cache": False}
     for name, one in models.items():
-        print(f"{'kept for backward, MiB':34}{name:>12}{saved_bytes(one, batch):12.1f}")
+        print(f"{'kept for backward, MiB':34}{name:>12}{kept(one, steps[name]):12.1f}")
 
 
 if __name__ == "__main__":

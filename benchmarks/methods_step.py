@@ -1,5 +1,7 @@
 """Times a training step and a one-token decode of every method, over the base model, beside the peer's where it has it.
 
+Counts what a step keeps for its backward pass, too.
+
 python benchmarks/methods_step.py --libraries veneer,peft --rounds 5 --only HRA,LOKR
 """
 
@@ -10,7 +12,7 @@ import warnings
 from typing import Any
 
 import torch
-from common import arguments, interleave, libraries, llama, report
+from common import arguments, interleave, kept, libraries, llama, report
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "LORA": {"r": 8}, "IA3": {"feedforward_modules": ["down_proj"]}, "OFT": {"oft_block_size": 32},
@@ -80,6 +82,9 @@ def main() -> None:
                 model.train(what == "step")
             rows = interleave({n: candidate(n, m, run, peft_type) for n, m in models.items()}, given.rounds)
             report(f"{what} {peft_type}", rows, "base")
+            if what == "step":
+                more = [f"{n} {kept(m, candidate(n, m, run, peft_type)):.1f}" for n, m in models.items()]
+                print(f"kept for backward, MiB: {', '.join(more)}", flush=True)
 
 
 if __name__ == "__main__":

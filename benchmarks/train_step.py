@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import arguments, interleave, libraries, llama, report
+from common import arguments, interleave, kept, libraries, llama, report
 
 
 def own_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -26,22 +26,6 @@ def chunked_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     log_p = label_log_probs(model, labels[:, 1:], labels.shape[1], **inputs)
     assert log_p is not None
     return -log_p.mean()
-
-
-def saved_bytes(model: Any, batch: dict[str, torch.Tensor], loss: Callable[..., torch.Tensor] = own_loss) -> float:
-    """MiB of unique storages kept for backward, parameters excluded."""
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss(model, batch).backward()
-    return sum(kept.values()) / 2**20
 
 
 def main() -> None:
@@ -62,7 +46,7 @@ def main() -> None:
         return {"inputs_embeds": embeds.clone().requires_grad_(), "labels": ids, "use_cache": False}
 
     candidates: dict[str, Any] = {"base": stepping(base)}
-    saved: dict[str, Any] = {"base": lambda: saved_bytes(base, batch())}
+    saved = {"base": base}
     for option, more in options.items():
         for name, library in names.items():
             config = library.LoraConfig(
@@ -72,10 +56,10 @@ def main() -> None:
             losses = {"": own_loss} | ({", chunked loss": chunked_loss} if name == "veneer" else {})
             for suffix, loss in losses.items():
                 candidates[f"{name} {option}{suffix}"] = stepping(model, loss)
-                saved[f"{name} {option}{suffix}"] = lambda model=model, loss=loss: saved_bytes(model, batch(), loss)
+                saved[f"{name} {option}{suffix}"] = model
     print(f"{'kept for backward, MiB':34}")
-    for name, measure in saved.items():
-        print(f"{name:34}{measure():12.0f}", flush=True)
+    for name, model in saved.items():
+        print(f"{name:34}{kept(model, candidates[name]):12.0f}", flush=True)
     if given.rounds:
         title = f"train step rank {given.rank} {given.dtype}: over the frozen base"
         report(title, interleave(candidates, given.rounds), "base")
