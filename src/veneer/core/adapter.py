@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from veneer.core import lean
 from veneer.core.sites import Parameters, Site
@@ -29,6 +30,13 @@ def without_graphs(state: dict[str, Any]) -> dict[str, Any]:
         return any(isinstance(t, Tensor) and t.grad_fn is not None for t in tensors)
 
     return {name: None if of_a_graph(value) else value for name, value in state.items()}
+
+
+def made_again(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``run(x)``; of what that makes nothing but x is kept for the backward pass, which makes it anew."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return run(x)
+    return checkpoint(run, x, use_reentrant=False)
 
 
 class Adapter(nn.Module):
@@ -55,6 +63,9 @@ class Adapter(nn.Module):
     dense: ClassVar[bool] = False
     """Its change is a matrix of the weight's size, so the layer runs once, with the sum of both (``summed``) for its
     weight, where it is a plain one. Where nothing needs gradients, that sum is kept."""
+    again: ClassVar[bool] = True
+    """Of a ``dense`` change: the backward pass makes the sum a second time, for keeping it takes as much memory as the
+    layer's weight does. False where it takes long to make."""
     switches: ClassVar[bool] = True
     """A compiled graph may run it at strength zero where it is off, so that switching it compiles nothing anew."""
     beside: Any = None
@@ -136,7 +147,11 @@ class Adapter(nn.Module):
 
     def summed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The layer's function of ``x`` with what ``merged`` makes of (W, b): what a ``dense`` adapter's layer runs."""
-        return self.site(x, *self.merged(weight, bias))
+
+        def run(x: Tensor) -> Tensor:
+            return self.site(x, *self.merged(weight, bias))
+
+        return made_again(run, x) if self.again else run(x)
 
     def rebase(self, weight: Tensor) -> None:
         """Have ``weight`` (out, in, *kernel) stand in for the base weight whenever this adapter is active.

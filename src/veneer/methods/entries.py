@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from veneer.core.adapter import Additive
+from veneer.core.adapter import Additive, made_again
 from veneer.core.cache import cached
 from veneer.methods.sides import columns
 from veneer.ops.entries import FEW, at_entries, linear_by_entries, turned
@@ -54,6 +54,10 @@ class Entries(Additive):
         values = self.values()
         trains = weight.requires_grad or (bias is not None and bias.requires_grad)
         few = FEW * len(values) < weight.numel() and self.site.kind in ("linear", "conv1d_hf")
-        if not few or trains or torch.is_autocast_enabled(x.device.type):
-            return self.site(x, weight + self.matrix(values).view_as(weight).to(weight), bias)
-        return linear_by_entries(x, weight, bias, values, self.matrix, self.gradient)
+        if few and not trains and not torch.is_autocast_enabled(x.device.type):
+            return linear_by_entries(x, weight, bias, values, self.matrix, self.gradient, self.again)
+
+        def run(x: Tensor) -> Tensor:
+            return self.site(x, weight + self.decided().to(weight), bias)
+
+        return made_again(run, x) if self.again else run(x)

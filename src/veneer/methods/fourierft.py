@@ -81,6 +81,7 @@ class Spectral(Entries):
     """A change given by n trained entries of a transform, at places that a seed decides."""
 
     spectrum: ClassVar[str]
+    again = False
 
     def __init__(self, site: Site, n: int, scaling: float, seed: int, start: Tensor):
         super().__init__(site, None)

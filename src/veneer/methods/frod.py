@@ -130,6 +130,7 @@ class Frod(Entries):
     """The weight's own factors, with the middle one trained."""
 
     takes_shared = True
+    again = False
 
     @classmethod
     def plan(cls, config: FrodConfig, sites: Sequence[Site]) -> Categories:

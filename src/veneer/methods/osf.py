@@ -74,6 +74,8 @@ class Projected(torch.autograd.Function):
 class OSF(Additive):
     """The trailing singular triplets, trained beside the leading ones."""
 
+    again = False
+
     def __init__(self, site: Site, config: OSFConfig):
         super().__init__(site, config)
         most = min(site.out_features, columns(site))

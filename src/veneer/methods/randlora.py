@@ -5,8 +5,8 @@
 A (r, shorter side) and the B_n (longer side, r) are random, frozen and shared by all layers, which use their first rows
 and columns; lambda (r, N) starts at zero, gamma (N, shorter side) constant; where the input is the longer side the
 sum is transposed. Cost of a training step: the factors hold more than the weight, m = r N >= min(in, out), so the
-change is made; and made again in the backward pass, since kept it would be as large as the layer, and what it is made
-of larger. With its gradients that is 6 m in out FLOPs over the 6 T in out of a trained weight for T tokens: the floor
+change is made; and made again in the backward pass, since it is as large as the layer, and what it is made of larger.
+With its gradients that is 6 m in out FLOPs over the 6 T in out of a trained weight for T tokens: the floor
 is 1.5 (1 + m / T) of the frozen layer's 4 T in out (m = 512, T = 1024: 2.25). In eval the sum is kept.
 """
 
@@ -19,7 +19,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from veneer.core.config import LayerConfig
 from veneer.core.registry import method
@@ -134,11 +133,6 @@ class RandLora(Factored):
 
     def low_rank(self) -> LowRank | None:
         return None if self.dense else super().low_rank()
-
-    def summed(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if not torch.is_grad_enabled():
-            return super().summed(x, weight, bias)
-        return checkpoint(super().summed, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Down (N r, in) and up (out, N r), scale included."""

@@ -26,6 +26,7 @@ def linear_by_entries(
     values: Tensor,
     change: Callable[[Tensor], Tensor],
     gradient: Callable[[Tensor, Tensor], Tensor],
+    again: bool = True,
 ) -> Tensor:
     """``x (W + D)^T + bias`` with D = ``change(values)``.
 
@@ -36,28 +37,33 @@ def linear_by_entries(
         values: (n,), the entries.
         change: linear, (n,) -> (out, in), a new tensor.
         gradient: its adjoint at the product of two matrices: (N, out), (N, in) -> (n,).
+        again: W + D is made a second time for the backward pass, rather than kept.
 
     Returns:
         (..., out).
     """
-    return _LinearByEntries.apply(x, weight, bias, values, change, gradient)
+    return _LinearByEntries.apply(x, weight, bias, values, change, gradient, again)
 
 
 class _LinearByEntries(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, values, change, gradient):  # type: ignore[no-untyped-def]
+    def forward(ctx: Any, x, weight, bias, values, change, gradient, again):  # type: ignore[no-untyped-def]
         total = change(values).to(weight).add_(weight)
-        ctx.gradient, ctx.dtype = gradient, values.dtype
-        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, total if ctx.needs_input_grad[0] else None)
+        ctx.change, ctx.gradient, ctx.again = change, gradient, again
+        kept = (weight, values) if again else (total if ctx.needs_input_grad[0] else None, None)
+        ctx.dtype = values.dtype
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, *kept)
         return F.linear(x, total, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, total = ctx.saved_tensors
-        dx = None if total is None else grad @ total
-        dv = None if x is None else ctx.gradient(grad.flatten(0, -2), x.flatten(0, -2)).to(ctx.dtype)
-        return dx, None, None, dv, None, None
+        (x, weight, values), dx, dv = ctx.saved_tensors, None, None
+        if ctx.needs_input_grad[0]:
+            dx = grad @ (ctx.change(values).to(weight).add_(weight) if ctx.again else weight)
+        if x is not None:
+            dv = ctx.gradient(grad.flatten(0, -2), x.flatten(0, -2)).to(ctx.dtype)
+        return dx, None, None, dv, None, None, None
 
 
 def at_entries(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
