@@ -32,11 +32,31 @@ def without_graphs(state: dict[str, Any]) -> dict[str, Any]:
     return {name: None if of_a_graph(value) else value for name, value in state.items()}
 
 
-def made_again(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``run(x)``; of what that makes nothing but x is kept for the backward pass, which makes it anew."""
+def made_again(run: Callable[[Tensor], Tensor], x: Tensor, *reads: Tensor) -> Tensor:
+    """``run(x)``; of what that makes nothing but x is kept for the backward pass, which makes it anew.
+
+    Args:
+        run: computes; it may be called twice.
+        x: its input.
+        reads: the other tensors that it reads.
+
+    Raises:
+        RuntimeError: in the backward pass, when x or one of ``reads`` has been written into since.
+    """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return run(x)
-    return checkpoint(run, x, use_reentrant=False)
+    seen = [(tensor, tensor._version) for tensor in (x, *reads) if not tensor.is_inference()]
+
+    def checked(x: Tensor) -> Tensor:
+        changed = [tensor for tensor, version in seen if tensor._version != version]
+        if changed:
+            raise RuntimeError(
+                f"A tensor of shape {tuple(changed[0].shape)} that a layer's backward pass reads has been changed in "
+                "place since the forward pass; write into a copy of it, or after the backward pass."
+            )
+        return run(x)
+
+    return checkpoint(checked, x, use_reentrant=False)
 
 
 class Adapter(nn.Module):
@@ -64,8 +84,8 @@ class Adapter(nn.Module):
     """Its change is a matrix of the weight's size, so the layer runs once, with the sum of both (``summed``) for its
     weight, where it is a plain one. Where nothing needs gradients, that sum is kept."""
     again: ClassVar[bool] = True
-    """Of a ``dense`` change: the backward pass makes the sum a second time, for keeping it takes as much memory as the
-    layer's weight does. False where it takes long to make."""
+    """Of a ``dense`` change: the backward pass makes it (or the sum) a second time, for keeping it takes as much memory
+    as the layer's weight does. False where it takes long to make."""
     switches: ClassVar[bool] = True
     """A compiled graph may run it at strength zero where it is off, so that switching it compiles nothing anew."""
     beside: Any = None
@@ -151,7 +171,7 @@ class Adapter(nn.Module):
         def run(x: Tensor) -> Tensor:
             return self.site(x, *self.merged(weight, bias))
 
-        return made_again(run, x) if self.again else run(x)
+        return made_again(run, x, weight, *self.parameters()) if self.again else run(x)
 
     def rebase(self, weight: Tensor) -> None:
         """Have ``weight`` (out, in, *kernel) stand in for the base weight whenever this adapter is active.
@@ -280,7 +300,11 @@ class Additive(Adapter):
 
     def change(self, x: Tensor) -> Tensor:
         """``delta`` of an input of any dtype, in this adapter's own."""
-        return self.delta(x.to(self.dtype) if x.is_floating_point() else x)
+
+        def run(x: Tensor) -> Tensor:
+            return self.delta(x.to(self.dtype) if x.is_floating_point() else x)
+
+        return made_again(run, x, *self.parameters()) if self.dense and self.again else run(x)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> Weight:
         change = self.delta_bias()

@@ -12,14 +12,14 @@ from torch.compiler import is_compiling
 from torch.func import functional_call
 
 from veneer.core import lean
-from veneer.core.adapter import Adapter, Base, Reweight
+from veneer.core.adapter import Adapter, Base, Reweight, made_again
 from veneer.core.cache import cached
 from veneer.core.sites import Site
 from veneer.engine import experts_path
 from veneer.engine.by_rows import by_rows
 from veneer.engine.compiled import switchable, switched, twins
-from veneer.engine.folding import calling, stand_around
-from veneer.engine.lowrank_path import LowRankPath, path
+from veneer.engine.folding import calling, fold, stand_around
+from veneer.engine.lowrank_path import PLAIN, LowRankPath, path
 from veneer.engine.mergeable import Mergeable
 from veneer.engine.mergeable import hosts as hosts
 from veneer.engine.state import BASE as BASE
@@ -224,11 +224,26 @@ class Adapted(Mergeable):
             if short is not None:
                 return short
         dtype = self.site.dtype
+        if self.site.maps_input and all(adapter.dense and adapter.again for _, adapter in inside):
+            return self._reweighted_again(inside, args, kwargs)
         weight, bias = self._fold(inside)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
         if self.site.maps_input:
             return lambda h: self.site(h, weight, bias, *args, **kwargs)
         return self._overridden(self.site.replaced(weight, bias), args, kwargs)
+
+    def _reweighted_again(self, inside: list[tuple[str, Adapter]], args: tuple, kwargs: dict[str, Any]) -> Base:
+        """The same, with a weight that is made again for the backward pass."""
+        site, pairs, own = self.site, [(adapter, self._gain(name)) for name, adapter in inside], self._inner_bias()
+        stored = site.stored
+        plain = site.weight if type(stored) in PLAIN and stored.is_floating_point() else None  # else unpacked again too
+        reads = [p for adapter, _ in pairs for p in adapter.parameters()] + [stored]
+
+        def run(x: Tensor) -> Tensor:
+            weight, bias = fold(pairs, site.weight if plain is None else plain, own)
+            return site(x, weight.to(site.dtype), None if bias is None else bias.to(site.dtype), *args, **kwargs)
+
+        return lambda h: made_again(run, h, *reads)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapted:
         super()._apply(fn, recurse)

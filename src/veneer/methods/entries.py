@@ -60,4 +60,4 @@ class Entries(Additive):
         def run(x: Tensor) -> Tensor:
             return self.site(x, weight + self.decided().to(weight), bias)
 
-        return made_again(run, x) if self.again else run(x)
+        return made_again(run, x, weight, values) if self.again else run(x)
