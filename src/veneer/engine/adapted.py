@@ -18,7 +18,7 @@ from veneer.core.sites import Site
 from veneer.engine import experts_path
 from veneer.engine.by_rows import by_rows
 from veneer.engine.compiled import switchable, switched, twins
-from veneer.engine.folding import calling, fold, stand_around
+from veneer.engine.folding import calling, fold, stand_around, standing_in
 from veneer.engine.lowrank_path import PLAIN, LowRankPath, path
 from veneer.engine.mergeable import Mergeable
 from veneer.engine.mergeable import hosts as hosts
@@ -214,7 +214,7 @@ class Adapted(Mergeable):
         while getattr(layer, "is_adapted", False):
             depth, layer = depth + "base_layer.", layer.base_layer
         if not is_compiling():
-            return lambda h: _with(layer, new, self.base_layer, (h, *args), kwargs)
+            return lambda h: standing_in(layer, new, self.base_layer, (h, *args), kwargs)
         prefixed = {depth + name: value for name, value in new.items()}
         return lambda h: functional_call(self.base_layer, prefixed, (h, *args), kwargs)
 
@@ -274,26 +274,6 @@ class Adapted(Mergeable):
                 raise
         found = self.each(name)
         return found if found else getattr(self.base_layer, name)
-
-
-def _with(layer: nn.Module, new: dict[str, Tensor], outer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """``outer(*args, **kwargs)`` while ``new`` stands for parameters of the layer in it: ``functional_call``, which
-    would take as long as a small layer does, and does not look into wrapped layers inside.
-    """
-    places = []
-    for name in new:
-        path, _, leaf = name.rpartition(".")
-        holder = layer.get_submodule(path)
-        holder = holder.get_base_layer() if isinstance(holder, Adapted) else holder
-        places.append((holder._parameters, leaf))
-    own = [table[leaf] for table, leaf in places]
-    try:
-        for (table, leaf), value in zip(places, new.values(), strict=True):
-            table[leaf] = value  # type: ignore[assignment]
-        return outer(*args, **kwargs)
-    finally:
-        for (table, leaf), value in zip(places, own, strict=True):
-            table[leaf] = value
 
 
 def _device(layer: nn.Module) -> torch.device:

@@ -59,3 +59,23 @@ def fold(adapters: Iterable[tuple[Adapter, float | Tensor | None]], weight: Tens
                 new_bias = old + gain * (new_bias - old)
         weight, bias = new_weight, new_bias
     return weight, bias
+
+
+def standing_in(layer: nn.Module, new: dict[str, Tensor], outer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """``outer(*args, **kwargs)`` while ``new`` stands for parameters of the layer in it: ``functional_call``, which
+    would take as long as a small layer does, and does not look into wrapped layers inside.
+    """
+    places = []
+    for name in new:
+        path, _, leaf = name.rpartition(".")
+        holder: Any = layer.get_submodule(path)
+        holder = holder.get_base_layer() if getattr(holder, "is_adapted", False) else holder
+        places.append((holder._parameters, leaf))
+    own = [table[leaf] for table, leaf in places]
+    try:
+        for (table, leaf), value in zip(places, new.values(), strict=True):
+            table[leaf] = value
+        return outer(*args, **kwargs)
+    finally:
+        for (table, leaf), value in zip(places, own, strict=True):
+            table[leaf] = value
