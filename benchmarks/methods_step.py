@@ -51,9 +51,12 @@ def config(library: Any, peft_type: str) -> Any:
 
 def main() -> None:
     warnings.simplefilter("ignore")
-    given = arguments(__doc__ or "", hidden=512, layers=2, mlp=1408, vocab=1024, batch=4, length=256, only="")
+    given = arguments(
+        __doc__ or "", hidden=512, layers=2, mlp=1408, vocab=1024, batch=4, length=256, only="", dtype="float32"
+    )
     names = libraries(given.libraries)
-    base = llama(given.hidden, given.layers, given.mlp, given.vocab).requires_grad_(False)
+    dtype = getattr(torch, given.dtype)
+    base = llama(given.hidden, given.layers, given.mlp, given.vocab).to(dtype).requires_grad_(False)
     ids = torch.randint(0, given.vocab, (given.batch, given.length))
     embeds = base.get_input_embeddings()(ids).detach()
 
