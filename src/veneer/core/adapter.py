@@ -32,20 +32,21 @@ def without_graphs(state: dict[str, Any]) -> dict[str, Any]:
     return {name: None if of_a_graph(value) else value for name, value in state.items()}
 
 
-def made_again(run: Callable[[Tensor], Tensor], x: Tensor, *reads: Tensor) -> Tensor:
+def made_again(run: Callable[[Tensor], Tensor], x: Tensor, *reads: Tensor | nn.Module) -> Tensor:
     """``run(x)``; of what that makes nothing but x is kept for the backward pass, which makes it anew.
 
     Args:
         run: computes; it may be called twice.
         x: its input.
-        reads: the other tensors that it reads.
+        reads: the other tensors that it reads, or the modules whose parameters it reads.
 
     Raises:
-        RuntimeError: in the backward pass, when x or one of ``reads`` has been written into since.
+        RuntimeError: in the backward pass, when x or one of these has been written into since.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return run(x)
-    seen = [(tensor, tensor._version) for tensor in (x, *reads) if not tensor.is_inference()]
+    tensors = [t for each in (x, *reads) for t in (each.parameters() if isinstance(each, nn.Module) else [each])]
+    seen = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
 
     def checked(x: Tensor) -> Tensor:
         changed = [tensor for tensor, version in seen if tensor._version != version]
@@ -171,7 +172,7 @@ class Adapter(nn.Module):
         def run(x: Tensor) -> Tensor:
             return self.site(x, *self.merged(weight, bias))
 
-        return made_again(run, x, weight, *self.parameters()) if self.again else run(x)
+        return made_again(run, x, weight, self) if self.again else run(x)
 
     def rebase(self, weight: Tensor) -> None:
         """Have ``weight`` (out, in, *kernel) stand in for the base weight whenever this adapter is active.
@@ -304,7 +305,7 @@ class Additive(Adapter):
         def run(x: Tensor) -> Tensor:
             return self.delta(x.to(self.dtype) if x.is_floating_point() else x)
 
-        return made_again(run, x, *self.parameters()) if self.dense and self.again else run(x)
+        return made_again(run, x, self) if self.dense and self.again else run(x)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> Weight:
         change = self.delta_bias()

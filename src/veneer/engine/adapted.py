@@ -148,7 +148,7 @@ class Adapted(Mergeable):
     def _decide(self, state: State) -> None:
         """Which adapters run here, and whether a short way serves them: once per change of the switchboard."""
         own = self._modules["adapters"]._modules
-        wanted = state.active if state.route is None else state.routed
+        wanted = state.active if state.route is None else sorted(set(state.route))  # one order for all routes
         names = [name for name in wanted if name in own and name not in self.merged_names]
         short = alone = None
         if names and not state.gains and not self.gains:
@@ -224,7 +224,8 @@ class Adapted(Mergeable):
             if short is not None:
                 return short
         dtype = self.site.dtype
-        if self.site.maps_input and all(adapter.dense and adapter.again for _, adapter in inside):
+        again = torch.is_grad_enabled() and all(adapter.dense and adapter.again for _, adapter in inside)
+        if again and self.site.maps_input:
             return self._reweighted_again(inside, args, kwargs)
         weight, bias = self._fold(inside)
         weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -237,13 +238,12 @@ class Adapted(Mergeable):
         site, pairs, own = self.site, [(adapter, self._gain(name)) for name, adapter in inside], self._inner_bias()
         stored = site.stored
         plain = site.weight if type(stored) in PLAIN and stored.is_floating_point() else None  # else unpacked again too
-        reads = [p for adapter, _ in pairs for p in adapter.parameters()] + [stored]
 
         def run(x: Tensor) -> Tensor:
             weight, bias = fold(pairs, site.weight if plain is None else plain, own)
             return site(x, weight.to(site.dtype), None if bias is None else bias.to(site.dtype), *args, **kwargs)
 
-        return lambda h: made_again(run, h, *reads)
+        return lambda h: made_again(run, h, stored, *[adapter for adapter, _ in pairs])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Adapted:
         super()._apply(fn, recurse)

@@ -38,8 +38,6 @@ class State:
     order: tuple[str, ...] = ()
     """All adapters, as a compiled graph lays them around a layer: where it matters, in the order of ``active``."""
     ordered: frozenset[str] = frozenset()
-    routed: tuple[str, ...] = ()
-    """The adapters of ``route``, each once, in an order that is the same for all routes over them."""
     compiled: bool = False
     felt: dict[str, Any] = field(default_factory=dict)
     """The gains that are no numbers."""
@@ -232,7 +230,6 @@ class State:
         names = None if names is None else tuple(names)
         if names != self.route:
             self._rows = {}
-            self.routed = tuple(sorted(set(names or ())))
             self.route = names
 
     @contextlib.contextmanager
@@ -252,7 +249,7 @@ class State:
 
     def __deepcopy__(self, memo: dict) -> State:
         twin = State(self.active, self.enabled, dict(self.gains), self.route, self.version, self.order, self.ordered)
-        twin.routed, twin._wrappers, twin._local = self.routed, self._wrappers, dict(self._local)
+        twin._wrappers, twin._local = self._wrappers, dict(self._local)
         twin.strengths = dict.fromkeys(self.strengths, torch.zeros(0, 0))
         twin.on = dict.fromkeys(self.on, torch.zeros(0))
         memo[id(self)] = twin

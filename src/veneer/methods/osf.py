@@ -117,7 +117,7 @@ class OSF(Additive):
         return (v, u * low["S_low"]), (self.V_start, self.U_start * self.S_start)
 
     def delta(self, x: Tensor) -> Tensor:
-        if self.dense or not self.training:
+        if self.dense:
             return self.site(x, cached(self, "delta", self.delta_weight))
         (v, us), (v_start, us_start) = self.factors()
         return factored(self.site, x, torch.cat([v, v_start]), torch.cat([us, -us_start], 1))

@@ -48,22 +48,25 @@ def linear_by_entries(
 class _LinearByEntries(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x, weight, bias, values, change, gradient, again):  # type: ignore[no-untyped-def]
-        total = change(values).to(weight).add_(weight)
-        ctx.change, ctx.gradient, ctx.again = change, gradient, again
+        total = _sum(weight, change, values)
+        ctx.change, ctx.gradient, ctx.dtype = change, gradient, values.dtype
         kept = (weight, values) if again else (total if ctx.needs_input_grad[0] else None, None)
-        ctx.dtype = values.dtype
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, *kept)
         return F.linear(x, total, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight, values), dx, dv = ctx.saved_tensors, None, None
+        (x, kept, values), dx, dv = ctx.saved_tensors, None, None
         if ctx.needs_input_grad[0]:
-            dx = grad @ (ctx.change(values).to(weight).add_(weight) if ctx.again else weight)
+            dx = grad @ (kept if values is None else _sum(kept, ctx.change, values))
         if x is not None:
             dv = ctx.gradient(grad.flatten(0, -2), x.flatten(0, -2)).to(ctx.dtype)
         return dx, None, None, dv, None, None, None
+
+
+def _sum(weight: Tensor, change: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    return change(values).to(weight).add_(weight)
 
 
 def at_entries(g: Tensor, x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
